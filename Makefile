@@ -1,0 +1,41 @@
+# make demo and make test do all of their set-up themselves: python3 (3.10 to 3.12, with venv) is enough.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FOLDERS := backends configs convert models scripts serving
+
+.PHONY: demo test lint links bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/deepspan demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev links
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p deepspan
+
+bench: $(VENV)/.dev
+	$(BIN)/python scripts/bench_cpu.py
+
+# A link tree for type checkers and for air-gapped use: PYTHONPATH=build/links python -m deepspan.scripts.cli
+links:
+	mkdir -p build/links/deepspan
+	for folder in $(FOLDERS); do ln -sfn ../../../$$folder build/links/deepspan/$$folder; done
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[torch]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[torch,speed,dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf build dist output $(VENV)
