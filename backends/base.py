@@ -1,0 +1,140 @@
+"""The seam between what is written once (prompts, scheduling, KV blocks, stop conditions) and the backends.
+
+The seam is the whole model. What crosses it is numpy: token ids, block tables and sampling numbers go in; token ids, and
+logits when asked for, come out. Hidden states never cross, so neither side sees the other's tensor type.
+
+Shape letters: T tokens of the step over all sequences, B sequences, O outputs (sampled positions), M block-table width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..configs.schema import RunConfig
+from ..models.spec import ModelSpec
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+
+
+class Weights(Protocol):
+    """Where a runner loads from: a checkpoint of any stored format, or random numbers. Canonical (HF) names."""
+
+    @property
+    def has_mtp(self) -> bool:
+        """False when the source lacks the multi-token-prediction layers as a whole, which is legal."""
+
+    def names(self) -> Iterable[str]:
+        """Every parameter that ``read`` accepts."""
+
+    def read(
+        self, name: str, dtype: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> NDArray:
+        """The logical [out, in] values, or a slice: float32 for dtype "f32", uint16 bit patterns for "bf16"."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each sequence is sampled. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    Noise is a hash of (seed, position, token id), see `models.sampling`: a request's tokens depend on its own logits
+    and seed only, not on the batch it runs in, and are the same on every backend that gives the same logits.
+    """
+
+    temperature_B: FloatArray
+    top_k_B: IntArray
+    top_p_B: FloatArray
+    seed_B: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One forward step over a ragged batch of sequences, each with at least one new token.
+
+    ``token_ids_T`` holds the new tokens of all sequences one after the other, ``query_lens_B`` of them each, at the
+    positions ``context_lens_B[b] + 0, 1, …``: the context is what the cache already holds. ``block_tables_BM`` maps the
+    sequence's position p to cache block ``block_tables_BM[b, p // block_size]``, slot ``p % block_size``; entries past
+    the sequence are never read. Prefill, chunks of a prefill at any offset, decode and several tokens a sequence for
+    verifying drafts are all this one form.
+
+    ``num_outputs_B``: how many of the sequence's last new tokens get logits and a sampled successor (0 for a chunk that
+    is not the last, 1 usually). ``draft`` also runs the MTP layer over all new tokens and proposes, after each output,
+    the token that follows the sampled one; ``next_token_ids_B`` then gives the known next token of sequences without
+    outputs (ignored for the others).
+    """
+
+    token_ids_T: IntArray
+    query_lens_B: IntArray
+    context_lens_B: IntArray
+    block_tables_BM: IntArray
+    num_outputs_B: IntArray
+    sampling: Sampling
+    return_logits: bool = False
+    draft: bool = False
+    next_token_ids_B: IntArray | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outputs in the order of the batch: sequence by sequence, position by position."""
+
+    token_ids_O: IntArray
+    logits_OV: FloatArray | None = None  # before temperature and filters
+    draft_token_ids_O: IntArray | None = None
+    draft_logits_OV: FloatArray | None = None
+
+
+class Rank(Protocol):
+    """This process among those of the run, made from the launcher's environment (torchrun's or msrun's)."""
+
+    rank: int
+    world_size: int
+
+    def broadcast(self, array: NDArray) -> NDArray:
+        """Rank 0's array on every rank; other ranks pass one of any content."""
+
+    def barrier(self) -> None: ...
+
+
+class Runner(Protocol):
+    """A model on a device with its cache."""
+
+    kv_blocks: int  # blocks in the cache; known after load
+    block_size: int  # tokens a block
+
+    def load(self, weights: Weights) -> None:
+        """Fill every parameter; missing, leftover or misshapen ones raise InputError."""
+
+    def step(self, batch: StepBatch) -> StepResult: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """One folder of `backends`: what `backends.load(name)` returns."""
+
+    def start(self, run: RunConfig) -> Rank:
+        """Read the launcher's environment, choose the device, join the other ranks."""
+
+    def build(self, spec: ModelSpec, run: RunConfig, rank: Rank) -> Runner:
+        """An empty runner. Refuses, before anything is allocated, what does not fit or is not supported."""
+
+
+@dataclass(frozen=True)
+class SingleProcess:
+    """The Rank of a run without a launcher."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def broadcast(self, array: NDArray) -> NDArray:
+        return array
+
+    def barrier(self) -> None:
+        return None

@@ -1,0 +1,165 @@
+"""The run configuration: one YAML for every backend. Unknown keys are errors that name the nearest key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..models.errors import InputError
+from ..models.spec import nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """Which weights: a checkpoint directory, or a spec by name with random weights."""
+
+    path: str | None = None
+    spec: str | None = None
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+    overrides: dict[str, Any] = {}
+    tokenizer: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if self.weights == "checkpoint" and self.path is None:
+            raise ValueError("weights: checkpoint needs model.path, the checkpoint directory")
+        if self.path is None and self.spec is None:
+            raise ValueError("give model.path or model.spec")
+        return self
+
+
+class Parallel(Section):
+    tp: int = Field(1, ge=1)
+    ep: int = Field(1, ge=1)
+    dp: int = Field(1, ge=1)
+    pp: int = Field(1, ge=1)
+
+
+class Engine(Section):
+    max_batch: int = Field(32, ge=1, le=4096)
+    max_seq_len: int = Field(4096, ge=1)
+    max_batch_tokens: int = Field(8192, ge=1)
+    block_size: int = Field(64, ge=1, le=1024)
+    kv_dtype: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    memory_fraction: float = Field(0.9, gt=0, le=1)
+    prefix_cache: bool = True
+    speculative_tokens: int = Field(0, ge=0, le=8)
+    graphs: bool = True
+
+
+class SamplingSection(Section):
+    temperature: float = Field(0.6, ge=0, le=100)
+    top_p: float = Field(0.95, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(512, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: list[str] = []
+
+
+class Launch(Section):
+    launcher: Literal["none", "torchrun", "msrun"] = "none"
+    nodes: int = Field(1, ge=1)
+    procs_per_node: int = Field(1, ge=1)
+    master_addr: str = "127.0.0.1"
+    master_port: int = Field(8118, ge=1, le=65535)
+    log_dir: str = "output/log"
+    join: bool = True
+    timeout: int = Field(300, ge=1)
+    env: dict[str, str] = {}
+
+
+class Server(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_key_env: str | None = None
+    served_name: str | None = None
+
+
+class RunConfig(Section):
+    model: ModelSection
+    backend: Literal["torch_triton", "mindspore_ascend", "reference"] = "torch_triton"
+    device: Literal["auto", "cuda", "npu", "ascend", "cpu"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32", "fp8", "w8a8", "int4"] = "auto"
+    parallel: Parallel = Parallel()
+    engine: Engine = Engine()
+    sampling: SamplingSection = SamplingSection()
+    launch: Launch = Launch()
+    server: Server = Server()
+
+
+def load_run(run: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read RUN (a run YAML or a checkpoint directory) and apply ``key.path=value`` overrides.
+
+    Relative paths in a YAML are relative to the YAML's folder. Raises InputError for anything that is not a valid run.
+    """
+    path = Path(run)
+    if path.is_dir():
+        values: dict[str, Any] = {"model": {"path": run}}
+    elif path.is_file():
+        values = _read_yaml(path)
+    else:
+        raise InputError("no such run", run, "give a run YAML or a checkpoint directory")
+    for override in overrides:
+        _apply_override(values, override)
+    return _validate(values, run)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError("not a YAML file", str(path), " ".join(str(error).split())) from None
+    if not isinstance(values, dict):
+        raise InputError("not a run configuration", str(path), "give a mapping with the keys model, backend, …")
+    model = values.get("model")
+    if isinstance(model, dict):
+        for key in ("path", "tokenizer"):
+            if isinstance(model.get(key), str):
+                model[key] = str(path.parent / Path(model[key]).expanduser())
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """``engine.max_batch=8``: the value is read as YAML, so numbers, booleans, null and lists work."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"cannot read {override!r}", "--set", "write it as key.path=value")
+    *parents, leaf = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise InputError(f"{parent} is not a section", f"--set {override}", "check the key path")
+    try:
+        section[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"cannot read the value {text!r}", f"--set {override}", "quote it as YAML") from None
+
+
+def _validate(values: Mapping[str, Any], where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "model"
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"unknown key {key!r}", where, nearest(key, _all_keys(RunConfig))) from None
+        if first["type"] == "missing":
+            raise InputError(f"missing key {key!r}", where, "add it") from None
+        raise InputError(f"{key} is {first['input']!r}", where, first["msg"]) from None
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
