@@ -1,7 +1,7 @@
 """The seam between what is written once (prompts, scheduling, KV blocks, stop conditions) and the backends.
 
-The seam is the whole model. What crosses it is numpy: token ids, block tables and sampling numbers go in; token ids, and
-logits when asked for, come out. Hidden states never cross, so neither side sees the other's tensor type.
+The seam is the whole model. What crosses it is numpy: token ids, block tables and sampling numbers go in; token ids,
+and logits when asked for, come out. Hidden states never cross, so neither side sees the other's tensor type.
 
 Shape letters: T tokens of the step over all sequences, B sequences, O outputs (sampled positions), M block-table width,
 V vocabulary.
@@ -88,6 +88,27 @@ class StepResult:
     logits_OV: FloatArray | None = None  # before temperature and filters
     draft_token_ids_O: IntArray | None = None
     draft_logits_OV: FloatArray | None = None
+
+
+def output_rows(batch: StepBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], IntArray]:
+    """For each output: its row among the T tokens, its sequence, its position in that sequence."""
+    ends_B = np.cumsum(batch.query_lens_B)
+    sequence_O = np.repeat(np.arange(len(ends_B)), batch.num_outputs_B)
+    first_O = np.repeat(np.cumsum(batch.num_outputs_B) - batch.num_outputs_B, batch.num_outputs_B)
+    from_end_O = batch.num_outputs_B[sequence_O] - (np.arange(len(sequence_O)) - first_O)
+    rows_O = ends_B[sequence_O] - from_end_O
+    total_B = batch.context_lens_B + batch.query_lens_B
+    return rows_O.astype(np.int64), sequence_O, (total_B[sequence_O] - from_end_O).astype(np.int32)
+
+
+def next_tokens(batch: StepBatch, rows_O: NDArray[np.int64], token_ids_O: IntArray) -> IntArray:
+    """The token after each of the T tokens: known from the batch, or just sampled at the outputs."""
+    next_T = np.roll(batch.token_ids_T, -1)
+    last_B = np.cumsum(batch.query_lens_B) - 1
+    if batch.next_token_ids_B is not None:
+        next_T[last_B] = batch.next_token_ids_B
+    next_T[rows_O] = token_ids_O
+    return next_T
 
 
 class Rank(Protocol):
