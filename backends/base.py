@@ -114,8 +114,11 @@ def next_tokens(batch: StepBatch, rows_O: NDArray[np.int64], token_ids_O: IntArr
 class Rank(Protocol):
     """This process among those of the run, made from the launcher's environment (torchrun's or msrun's)."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def broadcast(self, array: NDArray) -> NDArray:
         """Rank 0's array on every rank; other ranks pass one of any content."""

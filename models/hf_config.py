@@ -193,7 +193,7 @@ def _fp8(quantization: Any, where: str) -> Fp8Blocks | None:
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8":
         return None
     block = quantization.get("weight_block_size")
-    well_formed = isinstance(block, list) and len(block) == 2 and all(isinstance(x, int) and x > 0 for x in block)
-    if not well_formed:
-        raise InputError(f"weight_block_size is {block!r}", f"{where}: quantization_config", "give [rows, columns]")
-    return Fp8Blocks(block=(block[0], block[1]), scale_fmt=quantization.get("scale_fmt"))
+    match block:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return Fp8Blocks(block=(rows, columns), scale_fmt=quantization.get("scale_fmt"))
+    raise InputError(f"weight_block_size is {block!r}", f"{where}: quantization_config", "give [rows, columns]")

@@ -207,7 +207,7 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 def _check_type(name: str, value: Any, annotation: Any, where: str) -> None:
     """Scalars must have the annotated type; YAML's ints are accepted for floats, nothing else is converted."""
-    allowed = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     base, _, optional = str(annotation).partition(" | ")
     if base not in allowed or (value is None and optional):
         return
