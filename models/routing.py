@@ -1,8 +1,8 @@
 """Expert routing for the four variants of the family, as pure functions on float32 numpy arrays.
 
 Shape letters: T tokens, E experts, G groups, K experts per token. Sources: DeepSeek-V2 section 2.2.3 (softmax, greedy
-and group-limited), DeepSeek-V3 section 2.1.2 (sigmoid with a selection-only bias, ``noaux_tc``), Kimi-K2 and Moonlight (the
-latter with one group).
+and group-limited), DeepSeek-V3 section 2.1.2 (sigmoid with a selection-only bias, ``noaux_tc``); Kimi-K2 and Moonlight
+are the latter with one group.
 """
 
 from __future__ import annotations
