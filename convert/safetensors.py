@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -110,7 +110,7 @@ class Reader:
 
     def read_rows(self, info: TensorInfo, start: int, stop: int) -> NDArray:
         """``tensor[start:stop]``; only those bytes are read."""
-        return self.read_slice(info, 0, start, stop)
+        return self.read_window(info, (start, stop))
 
     def read_slice(self, info: TensorInfo, axis: int, start: int, stop: int) -> NDArray:
         """``tensor[..., start:stop, ...]`` along ``axis``, reading little more than the slice."""
@@ -130,6 +130,17 @@ class Reader:
             # Less than a page of each row is wanted, and a disk reads whole pages: take whole rows, in strips.
             self._columns(info, rows, stride, skip)
         return out
+
+    def read_window(
+        self, info: TensorInfo, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> NDArray:
+        """``tensor[rows, cols]`` of (start, stop) ranges; a range left out is everything."""
+        if rows is not None:
+            assert 0 <= rows[0] <= rows[1] <= info.shape[0], f"{info.name}: rows {rows} of {info.shape}"
+            row_bytes = info.nbytes // max(1, info.shape[0])
+            begin, end = (info.begin + row * row_bytes for row in rows)
+            info = replace(info, shape=(rows[1] - rows[0], *info.shape[1:]), begin=begin, end=end)
+        return self.read(info) if cols is None else self.read_slice(info, 1, *cols)
 
     def _columns(self, info: TensorInfo, rows: NDArray[np.uint8], stride: int, skip: int) -> None:
         step = max(1, _STRIP // stride)

@@ -1,2 +1,94 @@
-def main() -> int:
-    return 0
+"""The ``deepspan`` command: one module of `commands` for each subcommand, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..models.errors import DeepspanError, InputError
+
+COMMANDS = {
+    "demo": "show the embedded checkpoint at work on this machine",
+    "generate": "continue prompts, one or many",
+    "chat": "talk to a model",
+    "logits": "write the logits of a given text",
+    "compare": "measure how far two logits files differ",
+    "eval": "measure task accuracy",
+    "inspect": "tell what a checkpoint or a named model is",
+    "bench": "time decode and prefill",
+    "doctor": "tell which backends can run here, and why not",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad usage as every other error: one line."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, self.prog, f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 for done, 1 for failed while running, 2 for bad usage, config or input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = parse(arguments)
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    except BrokenPipeError:
+        # The reader of our output is gone; close it quietly, also for the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _report(error, "--debug" in arguments)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line with the parser of the command that it names."""
+    parser = Parser(prog="deepspan", description="DeepSeek-V3-family models: one spec, several backends, one answer.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(metavar="COMMAND", parser_class=Parser, dest="command")
+    for name, summary in COMMANDS.items():
+        command = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if arguments and arguments[0] == name:
+            module = importlib.import_module(f".commands.{name}", __package__)
+            module.add_arguments(command)
+            command.add_argument("--debug", action="store_true", help="show a traceback with an error")
+            command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"deepspan {version('deepspan')}")
+        parser.exit()
+    if options.command is None:
+        parser.error("no command")
+    return options
+
+
+def _report(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if isinstance(error, DeepspanError):
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    what = " ".join(str(error).split())
+    print(f"error: {type(error).__name__}: {what}: run it again with --debug to see where", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

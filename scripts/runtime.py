@@ -1,0 +1,217 @@
+"""From RUN on the command line to a loaded model: what every command that computes something shares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from .. import backends
+from ..backends.base import Rank, Runner, Weights
+from ..configs.schema import RunConfig, load_run
+from ..convert.checkpoint import Checkpoint
+from ..convert.random_weights import RandomWeights
+from ..convert.weights import CheckpointWeights
+from ..models.catalog import load_spec
+from ..models.errors import InputError
+from ..models.hf_config import spec_from_hf
+from ..models.spec import ModelSpec, nearest
+from ..serving.batch import GenerationOptions
+from ..serving.engine import Engine, EngineLimits
+from ..serving.prompt import Tokenizer, read_json, stop_token_ids
+from .progress import Progress
+
+RANDOM_SEED = 0  # random weights are the same in every process and run
+
+
+def shipped_runs() -> list[str]:
+    """Names of the run configurations that are part of the installation."""
+    folder = resources.files("deepspan.configs") / "run"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_run(run: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """RUN as a configuration: a YAML file, a checkpoint directory, or the name of a shipped run."""
+    if not Path(run).exists():
+        if run not in shipped_runs():
+            todo = "give a run YAML, a checkpoint directory, or a shipped run"
+            raise InputError("no such run", run, f"{todo} ({', '.join(shipped_runs())})")
+        run = str(resources.files("deepspan.configs") / "run" / f"{run}.yaml")
+    config = load_run(run, overrides)
+    if config.engine.speculative_tokens:
+        raise InputError("speculation is not supported yet", "engine.speculative_tokens", "set it to 0")
+    return config
+
+
+@dataclass
+class Session:
+    """A loaded model. Close it, or use it as a context manager."""
+
+    run: RunConfig
+    spec: ModelSpec
+    rank: Rank
+    runner: Runner
+    weights: Weights
+    checkpoint: Checkpoint | None
+    optional_tokenizer: Tokenizer | None
+    stop_token_ids: frozenset[int]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; InputError when the run has none (random weights and no ``model.tokenizer``)."""
+        if self.optional_tokenizer is None:
+            raise InputError("this run has no tokenizer", "model.tokenizer", "name a directory or a tokenizer.json")
+        return self.optional_tokenizer
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine over the runner, as the run's ``engine`` section says."""
+        engine = self.run.engine
+        limits = EngineLimits(
+            max_batch=engine.max_batch,
+            max_seq_len=engine.max_seq_len,
+            max_batch_tokens=engine.max_batch_tokens,
+            prefix_cache=engine.prefix_cache,
+            speculative_tokens=engine.speculative_tokens,
+        )
+        return Engine(self.runner, self.spec.vocab_size, limits, self.optional_tokenizer)
+
+    def generation_options(self, **changes: Any) -> GenerationOptions:
+        """The run's ``sampling`` section with the given values in place of its own; None means unchanged."""
+        sampling = self.run.sampling
+        values: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": sampling.seed,
+            "max_new_tokens": sampling.max_new_tokens,
+        }
+        values |= {key: value for key, value in changes.items() if value is not None}
+        return GenerationOptions(stop_token_ids=self.stop_token_ids, stop_strings=tuple(sampling.stop), **values)
+
+    def close(self) -> None:
+        self.runner.close()
+        if self.checkpoint:
+            self.checkpoint.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def open_run(run: RunConfig) -> Session:
+    """Load the model of a run. Everything that can be wrong with the input is found before the weights are read."""
+    checkpoint = Checkpoint.open(run.model.path) if run.model.path and run.model.weights == "checkpoint" else None
+    try:
+        spec = _spec(run, checkpoint)
+        run = _fit_to_model(run, spec)
+        tokenizer = _tokenizer(run, spec)
+        weights: Weights = CheckpointWeights(checkpoint, spec) if checkpoint else RandomWeights(spec, RANDOM_SEED)
+        backend = backends.load(run.backend)
+        rank = backend.start(run)
+        runner = backend.build(spec, run, rank)
+        with Progress("loading", len(list(weights.names()))) as progress:
+            runner.load(CountedWeights(weights, progress))
+    except BaseException:
+        if checkpoint:
+            checkpoint.close()
+        raise
+    return Session(run, spec, rank, runner, weights, checkpoint, tokenizer, _stop_tokens(run, spec, tokenizer))
+
+
+class CountedWeights:
+    """Weights that report each parameter that is read for the first time."""
+
+    def __init__(self, weights: Weights, progress: Progress):
+        self._weights = weights
+        self._progress = progress
+        self._seen: set[str] = set()
+
+    @property
+    def has_mtp(self) -> bool:
+        return self._weights.has_mtp
+
+    def names(self) -> Iterable[str]:
+        return self._weights.names()
+
+    def read(
+        self, name: str, dtype: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> NDArray:
+        value = self._weights.read(name, dtype, rows, cols)
+        self._seen.add(name)
+        self._progress.show(len(self._seen))
+        return value
+
+
+def _spec(run: RunConfig, checkpoint: Checkpoint | None) -> ModelSpec:
+    """The spec of the checkpoint, which a named spec must equal, or the named one for random weights."""
+    model = run.model
+    if model.path:
+        config_file = Path(model.path) / "config.json"
+        config = checkpoint.config if checkpoint else read_json(config_file)
+        spec = spec_from_hf(config, str(config_file))
+        if model.spec:
+            _check_same(spec, load_spec(model.spec), str(config_file), model.spec)
+    else:
+        assert model.spec, "the schema asks for a path or a spec"
+        spec = load_spec(model.spec)
+    return spec.replace(model.overrides) if model.overrides else spec
+
+
+def _check_same(found: ModelSpec, named: ModelSpec, where: str, name: str) -> None:
+    """Sizes must agree; how a copy is stored (``fp8``, and MTP layers left out) may differ."""
+    for field in found.__dataclass_fields__:
+        if field in ("fp8", "num_nextn_predict_layers", "bos_token_id", "eos_token_ids", "mtp_hidden"):
+            continue
+        ours, theirs = getattr(found, field), getattr(named, field)
+        if ours != theirs:
+            raise InputError(f"{field} is {ours}, and {theirs} in {name}", where, "correct model.spec or model.path")
+
+
+def _fit_to_model(run: RunConfig, spec: ModelSpec) -> RunConfig:
+    """Lower the default ``max_seq_len`` to what the model was made for; one that the user wrote is the user's."""
+    limit = spec.max_position_embeddings
+    if "max_seq_len" in run.engine.model_fields_set or run.engine.max_seq_len <= limit:
+        return run
+    return run.model_copy(update={"engine": run.engine.model_copy(update={"max_seq_len": limit})})
+
+
+def _tokenizer(run: RunConfig, spec: ModelSpec) -> Tokenizer | None:
+    model = run.model
+    if model.tokenizer is None and (model.path is None or not (Path(model.path) / "tokenizer.json").is_file()):
+        return None
+    path = model.tokenizer or model.path
+    assert path is not None, "checked above"
+    tokenizer = Tokenizer.open(path)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise InputError(
+            f"tokenizer of {tokenizer.vocab_size} tokens for a model of {spec.vocab_size}",
+            path,
+            "use the tokenizer of this checkpoint: another one gives fluent nonsense",
+        )
+    return tokenizer
+
+
+def _stop_tokens(run: RunConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> frozenset[int]:
+    file = Path(run.model.path or "") / "generation_config.json"
+    generation_config = read_json(file) if run.model.path and file.is_file() else {}
+    return stop_token_ids({"eos_token_id": list(spec.eos_token_ids)}, generation_config, tokenizer)
+
+
+def note(message: str) -> None:
+    """One line for the user beside the results."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def unknown_choice(what: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is none of ``known``."""
+    return InputError(f"unknown {what} {name!r}", what, nearest(name, known))
