@@ -2,7 +2,7 @@
 
     python scripts/train_demo.py --output models/demo --steps 9000 --device auto --seed 0
 
-The model is DeepSeek-V3's graph at 1/100,000 of the size, trained with the weights already rounded to FP8 (straight
+The model is DeepSeek-V3's graph at 1/160,000 of the size, trained with the weights already rounded to FP8 (straight
 through, blocks of 128 x 128), loss-free expert balancing and one multi-token-prediction (MTP) layer. MTP reads the main
 hidden state after ``model.norm``. Sources: DeepSeek-V3 (arXiv 2412.19437) sections 2.1, 2.2 and 3.3.
 
