@@ -1,4 +1,4 @@
-"""The embedded checkpoint is what docs/demo-model.md says: its form on disk, what it was never shown, what it answers."""
+"""The embedded checkpoint is what docs/demo-model.md says: its form, what it was never shown, what it answers."""
 
 import ast
 import random
