@@ -30,6 +30,7 @@ MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_TENSORS = 500_000  # a file; the whole of Kimi-K2 in INT4 has 280,000
 MAX_RANK = 8
 MAX_DIMENSION = 1 << 40
+MAX_ELEMENTS = 1 << 56  # their bits can be counted in 64
 MAX_NAME = 512  # characters
 _MAX_COMMAS = 16 * MAX_TENSORS  # bounds what parsing may allocate, before it starts
 _PAGE = 4096
@@ -39,7 +40,10 @@ _DOWNLOAD = "download the file again"
 _STARTS = {
     b"version https://git-lfs": ("a git-lfs pointer, not the weights", "run git lfs pull"),
     b"PK\x03\x04": ("a zip archive or a pickle, not safetensors", "convert it to safetensors where it was made"),
-    b"\x80\x02": ("a pickle, not safetensors", "convert it to safetensors where it was made"),
+    **{
+        bytes((0x80, protocol)): ("a pickle, not safetensors", "convert it to safetensors where it was made")
+        for protocol in range(2, 6)
+    },
     b"<!DOCTYPE": ("a web page, not safetensors", "download the file itself, logged in if the model is gated"),
     b"<html": ("a web page, not safetensors", "download the file itself, logged in if the model is gated"),
 }
@@ -202,7 +206,8 @@ def _carrier(info: TensorInfo) -> np.dtype:
 def _header_length(path: Path, start: bytes, size: int) -> int:
     """Length of the JSON header, from the first bytes of a file of ``size`` bytes."""
     for magic, (what, todo) in _STARTS.items():
-        if start.startswith(magic):
+        # A header of 640 bytes starts like a pickle: what goes on like a header is one.
+        if start.startswith(magic) and start[8:9] != b"{":
             raise InputError(what, str(path), todo)
     if size < 8:
         raise InputError(f"truncated: {size} bytes, not even a header length", str(path), _DOWNLOAD)
@@ -257,7 +262,8 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     if dtype is None:
         raise StrictJsonError(f"{where} has the unknown dtype {shorten(str(entry['dtype']))}")
     shape = _integers(entry["shape"], MAX_RANK, MAX_DIMENSION)
-    if shape is None:
+    # Zeros are left out of the product: a reader that multiplies from the left overflows before it meets one.
+    if shape is None or prod(filter(None, shape)) > MAX_ELEMENTS:
         raise StrictJsonError(f"{where} has an impossible shape")
     offsets = _integers(entry["data_offsets"], 2, 1 << 62)
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:

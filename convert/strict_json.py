@@ -21,8 +21,8 @@ class StrictJsonError(ValueError):
 def parse_object(raw: bytes, floats: bool = True) -> dict[str, Any]:
     """The object that ``raw`` holds. Raises StrictJsonError.
 
-    Duplicate keys, invalid UTF-8, lone surrogates in keys, NaN and Infinity, integers of more than 19 digits and deep
-    nesting are refused; so are fractions unless ``floats``.
+    Duplicate keys, invalid UTF-8, lone surrogates, NaN and Infinity, integers of more than 19 digits and deep nesting
+    are refused; so are fractions unless ``floats``.
     """
     try:
         value = json.loads(
@@ -32,8 +32,12 @@ def parse_object(raw: bytes, floats: bool = True) -> dict[str, Any]:
             parse_float=_finite if floats else _refuse("a fraction"),
             parse_constant=_refuse("a constant that is not JSON"),
         )
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise StrictJsonError("not UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise StrictJsonError("half of a surrogate pair, which is not a character") from error
     except RecursionError as error:
         raise StrictJsonError("nested too deeply") from error
     except json.JSONDecodeError as error:
