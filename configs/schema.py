@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,28 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+EMBEDDED = "demo"  # the spec whose checkpoint is part of the installation
+
+
 class ModelSection(Section):
-    """Which weights: a checkpoint directory, or a spec by name with random weights."""
+    """Which weights: a checkpoint directory, or a spec by name with random weights.
+
+    The spec ``demo`` needs no path: its checkpoint comes with the installation.
+    """
 
     path: str | None = None
     spec: str | None = None
     weights: Literal["checkpoint", "random"] = "checkpoint"
     overrides: dict[str, Any] = {}
     tokenizer: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_embedded(cls, values: Any) -> Any:
+        wants_weights = isinstance(values, dict) and values.get("weights", "checkpoint") == "checkpoint"
+        if wants_weights and values.get("path") is None and values.get("spec") == EMBEDDED:
+            return {**values, "path": str(resources.files("deepspan.models") / EMBEDDED)}
+        return values
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -94,9 +109,10 @@ class RunConfig(Section):
     server: Server = Server()
 
 
-def load_run(run: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(run: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> RunConfig:
     """Read RUN (a run YAML or a checkpoint directory) and apply ``key.path=value`` overrides.
 
+    ``flags`` maps key paths to values and is applied last: options of a command that stand for keys of the YAML.
     Relative paths in a YAML are relative to the YAML's folder. Raises InputError for anything that is not a valid run.
     """
     path = Path(run)
@@ -108,6 +124,8 @@ def load_run(run: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError("no such run", run, "give a run YAML or a checkpoint directory")
     for override in overrides:
         _apply_override(values, override)
+    for key, value in (flags or {}).items():
+        _set(values, key, value)
     return _validate(values, run)
 
 
@@ -131,16 +149,21 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(f"cannot read {override!r}", "--set", "write it as key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"cannot read the value {text!r}", f"--set {override}", "quote it as YAML") from None
+    _set(values, key, value)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     section = values
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise InputError(f"{parent} is not a section", f"--set {override}", "check the key path")
-    try:
-        section[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"cannot read the value {text!r}", f"--set {override}", "quote it as YAML") from None
+            raise InputError(f"{parent} is not a section", key, "check the key path")
+    section[leaf] = value
 
 
 def _validate(values: Mapping[str, Any], where: str) -> RunConfig:

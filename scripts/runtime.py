@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from .. import backends
-from ..backends.base import Rank, Runner, Weights
+from ..backends.base import FloatArray, Rank, Runner, Weights
 from ..configs.schema import RunConfig, load_run
 from ..convert.checkpoint import Checkpoint
 from ..convert.random_weights import RandomWeights
@@ -23,9 +23,10 @@ from ..models.catalog import load_spec
 from ..models.errors import InputError
 from ..models.hf_config import spec_from_hf
 from ..models.spec import ModelSpec, nearest
-from ..serving.batch import GenerationOptions
+from ..serving.batch import GenerationOptions, prompt_logits
 from ..serving.engine import Engine, EngineLimits
 from ..serving.prompt import Tokenizer, read_json, stop_token_ids
+from ..serving.request import check_token_ids
 from .progress import Progress
 
 RANDOM_SEED = 0  # random weights are the same in every process and run
@@ -37,14 +38,17 @@ def shipped_runs() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def read_run(run: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """RUN as a configuration: a YAML file, a checkpoint directory, or the name of a shipped run."""
+def read_run(run: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> RunConfig:
+    """RUN as a configuration: a YAML file, a checkpoint directory, or the name of a shipped run.
+
+    ``overrides`` and ``flags`` are `load_run`'s.
+    """
     if not Path(run).exists():
         if run not in shipped_runs():
             todo = "give a run YAML, a checkpoint directory, or a shipped run"
             raise InputError("no such run", run, f"{todo} ({', '.join(shipped_runs())})")
         run = str(resources.files("deepspan.configs") / "run" / f"{run}.yaml")
-    config = load_run(run, overrides)
+    config = load_run(run, overrides, flags)
     if config.engine.speculative_tokens:
         raise InputError("speculation is not supported yet", "engine.speculative_tokens", "set it to 0")
     return config
@@ -95,6 +99,19 @@ class Session:
         }
         values |= {key: value for key, value in changes.items() if value is not None}
         return GenerationOptions(stop_token_ids=self.stop_token_ids, stop_strings=tuple(sampling.stop), **values)
+
+    def logits(self, token_ids: Sequence[int]) -> FloatArray:
+        """float32 [tokens, vocab]: after every token of a text, the logits of the next.
+
+        Uses the cache blocks that the engine hands out, so ask for logits after the last completion.
+        """
+        check_token_ids(token_ids, self.spec.vocab_size)
+        limit = self.run.engine.max_seq_len
+        if len(token_ids) > limit:
+            raise InputError(
+                f"text of {len(token_ids)} tokens is too long", f"engine.max_seq_len = {limit}", "shorten or raise it"
+            )
+        return prompt_logits(self.runner, token_ids, self.run.engine.max_batch_tokens)
 
     def close(self) -> None:
         self.runner.close()

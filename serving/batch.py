@@ -52,15 +52,18 @@ def complete(
     completions: dict[int, Completion] = {}
     repetitions: Counter[tuple[int, ...]] = Counter()
     try:
-        for token_ids in prompts:
+        for number, token_ids in enumerate(prompts, 1):
             key = tuple(token_ids)
-            request_id = engine.add_request(
-                token_ids,
-                options.sampling(token_ids, repetitions[key]),
-                options.max_new_tokens,
-                options.stop_token_ids,
-                options.stop_strings,
-            )
+            try:
+                request_id = engine.add_request(
+                    token_ids,
+                    options.sampling(token_ids, repetitions[key]),
+                    options.max_new_tokens,
+                    options.stop_token_ids,
+                    options.stop_strings,
+                )
+            except InputError as error:
+                raise InputError(error.what, f"prompt {number} of {len(prompts)}: {error.where}", error.todo) from None
             repetitions[key] += 1
             completions[request_id] = Completion(len(token_ids))
         while engine.has_work:

@@ -16,7 +16,7 @@ from ..backends.base import Runner, Sampling, StepBatch
 from ..models.errors import InputError
 from .blocks import BlockManager
 from .prompt import Tokenizer
-from .request import Event, FinishReason, Request, SamplingParams
+from .request import Event, FinishReason, Request, SamplingParams, check_token_ids
 from .scheduler import Chunk, Scheduler
 from .text import OutputText
 
@@ -122,11 +122,7 @@ class Engine:
         return (token_id,), text, "stop" if output and output.stopped else "length"
 
     def _check(self, token_ids: Sequence[int], max_new_tokens: int, stop_strings: Sequence[str]) -> None:
-        if not token_ids:
-            raise InputError("empty prompt", "prompt", "give at least one token")
-        for token_id in token_ids:
-            if not 0 <= token_id < self._vocab_size:
-                raise InputError(f"token id {token_id}", "prompt", f"ids go from 0 to {self._vocab_size - 1}")
+        check_token_ids(token_ids, self._vocab_size)
         if len(token_ids) >= self.max_tokens:
             raise InputError(
                 f"prompt of {len(token_ids)} tokens is too long",

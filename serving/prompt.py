@@ -76,6 +76,7 @@ class Tokenizer:
 
     def encode_raw(self, text: str) -> list[int]:
         """The ids of ``text`` as it is, control tokens included, after the bos token if the tokenizer adds one."""
+        _check_unicode(text, "prompt")
         ids: list[int] = self._full.encode(text, add_special_tokens=self._add_bos is not False).ids
         if self._add_bos and self.bos_token:
             bos = self._id(self.bos_token)
@@ -198,6 +199,15 @@ def check_messages(messages: Any) -> None:
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                 raise InputError(f"message {number} has no {key} text", "messages", "give role and content as text")
+            _check_unicode(message[key], f"message {number}")
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Bytes that are no UTF-8 reach Python as lone surrogates, which are no characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"character {error.start + 1} is not valid Unicode", where, "write it in UTF-8") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

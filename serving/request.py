@@ -66,6 +66,15 @@ class Request:
     computed: int = 0  # leading tokens whose cache entries are in ``blocks``
 
 
+def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse an empty text and ids that are not in the vocabulary."""
+    if not token_ids:
+        raise InputError("empty prompt", "prompt", "give at least one token")
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InputError(f"token id {token_id}", "prompt", f"ids go from 0 to {vocab_size - 1}")
+
+
 def request_seed(seed: int | None, token_ids: Sequence[int], repetition: int = 0) -> int:
     """The uint32 seed of one request: random for None, otherwise a digest of seed, prompt and repetition.
 
