@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..models.dtypes import F8_E4M3_VALUES, F8_E4M3FNUZ_VALUES, FLOATS, Float32, to_f32
 from ..models.errors import InputError
-from ..models.params import Param, parameters
+from ..models.params import Param
 from ..models.quant import (
     dequant_awq,
     dequant_fp8_blocks,
@@ -24,8 +24,9 @@ from ..models.quant import (
 )
 from ..models.spec import ModelSpec
 from .checkpoint import Checkpoint, listed
+from .inventory import Inventory, take_inventory
 from .quant_config import QuantConfig
-from .storage import Stored, find_storage
+from .storage import Stored
 
 Range = tuple[int, int]
 Parts = dict[str, NDArray]
@@ -35,47 +36,18 @@ class CheckpointWeights:
     """The parameters of ``spec`` as ``checkpoint`` stores them.
 
     Construction checks everything that headers can show: each parameter is there once, in a known format, with the
-    right shape, and every tensor belongs to one; anything else raises InputError. Two absences are legal. A checkpoint
-    may lack its MTP layers as a whole (``has_mtp`` is then False). An MTP layer may lack its embed_tokens or its
-    shared_head.head, each of which is a copy of the main model's table in every published checkpoint; ``shared`` maps
-    such names to the main table that is read instead. Reading is thread-safe.
+    right shape, and every tensor belongs to one; anything else raises InputError. The two legal absences are
+    `Inventory`'s: ``has_mtp`` and ``shared`` tell of them. Reading is thread-safe.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec):
         self._checkpoint = checkpoint
-        config = _quant_config(checkpoint, spec)
-        wanted = list(parameters(spec))
-        found = {param.name: find_storage(param, checkpoint.tensors, config) for param in wanted}
-        self._stored = {name: stored for name, stored in found.items() if stored is not None}
-        mtp_layers = spec.mtp_layers()
-        self.has_mtp = any(stored.param.layer in mtp_layers for stored in self._stored.values())
-        if not self.has_mtp:
-            wanted = [param for param in wanted if param.layer not in mtp_layers]
-        self.shared: Mapping[str, str] = {
-            param.name: main
-            for param in wanted
-            if param.name not in self._stored and (main := _main_table(param, spec)) is not None
-        }
-        self._params = {param.name: param for param in wanted}
-        self._check_complete()
-        self._check_consumed(spec)
-
-    def _check_complete(self) -> None:
-        missing = [name for name in self._params if name not in self._stored and name not in self.shared]
-        if missing:
-            where = str(self._checkpoint.directory)
-            raise InputError(f"missing: {listed(missing)}", where, "get the complete checkpoint of this config.json")
-
-    def _check_consumed(self, spec: ModelSpec) -> None:
-        used = {info.name for stored in self._stored.values() for info in stored.tensors.values()}
-        extra = [name for name in self._checkpoint.tensors if name not in used]
-        if not extra:
-            return
-        todo = "get the config.json that belongs to the checkpoint, or remove the tensors"
-        if all(name.startswith(f"model.layers.{spec.num_hidden_layers}.") for name in extra):
-            todo = "set num_nextn_predict_layers to the number of MTP layers, which these tensors look like"
-        where = str(self._checkpoint.tensors[extra[0]].path)
-        raise InputError(f"no parameter for: {listed(extra)}", where, todo)
+        inventory = take_inventory(checkpoint.tensors, spec, quant_config(checkpoint, spec))
+        _check_complete(inventory, checkpoint, spec)
+        self.has_mtp = inventory.has_mtp
+        self.shared = inventory.shared
+        self._params = inventory.params
+        self._stored = inventory.stored
 
     def names(self) -> list[str]:
         """The canonical names that can be read, in checkpoint order."""
@@ -288,7 +260,22 @@ def _check_parts(stored: Stored, parts: Parts) -> None:
                 )
 
 
-def _quant_config(checkpoint: Checkpoint, spec: ModelSpec) -> QuantConfig:
+def _check_complete(inventory: Inventory, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    if inventory.faults:
+        raise inventory.faults[0]
+    if inventory.missing:
+        where = str(checkpoint.directory)
+        raise InputError(
+            f"missing: {listed(inventory.missing)}", where, "get the complete checkpoint of this config.json"
+        )
+    if extra := inventory.extra:
+        todo = "get the config.json that belongs to the checkpoint, or remove the tensors"
+        if all(name.startswith(f"model.layers.{spec.num_hidden_layers}.") for name in extra):
+            todo = "set num_nextn_predict_layers to the number of MTP layers, which these tensors look like"
+        raise InputError(f"no parameter for: {listed(extra)}", str(checkpoint.tensors[extra[0]].path), todo)
+
+
+def quant_config(checkpoint: Checkpoint, spec: ModelSpec) -> QuantConfig:
     """The checkpoint's own declaration; a directory without config.json is read by the spec's."""
     path = checkpoint.directory / "config.json"
     if not path.exists():
@@ -297,14 +284,3 @@ def _quant_config(checkpoint: Checkpoint, spec: ModelSpec) -> QuantConfig:
     if not isinstance(values, Mapping):
         raise InputError("quantization_config is not an object", str(path), "repair it, or remove it when nothing is")
     return QuantConfig(values, str(path))
-
-
-def _main_table(param: Param, spec: ModelSpec) -> str | None:
-    """The main model's table that an MTP layer's embedding or head is a copy of."""
-    if param.layer not in spec.mtp_layers():
-        return None
-    if param.name.endswith(".embed_tokens.weight"):
-        return "model.embed_tokens.weight"
-    if param.name.endswith(".shared_head.head.weight"):
-        return "lm_head.weight"
-    return None
