@@ -131,6 +131,8 @@ class Runner(Protocol):
 
     kv_blocks: int  # blocks in the cache; known after load
     block_size: int  # tokens a block
+    dtype: str  # how linear weights are held: fp32, bf16, fp8, w8a8 or int4
+    kv_dtype: str  # how the cache is held: fp32, bf16 or fp8
 
     def load(self, weights: Weights) -> None:
         """Fill every parameter; missing, leftover or misshapen ones raise InputError."""
@@ -148,6 +150,12 @@ class Backend(Protocol):
 
     def build(self, spec: ModelSpec, run: RunConfig, rank: Rank) -> Runner:
         """An empty runner. Refuses, before anything is allocated, what does not fit or is not supported."""
+
+    def devices(self) -> list[str]:
+        """The devices of this machine that a run can name, each as one line for people."""
+
+    def copy_bandwidth(self, run: RunConfig) -> float:
+        """Bytes a second, read and written, of a large copy in the memory of the run's device."""
 
 
 @dataclass(frozen=True)

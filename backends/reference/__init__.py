@@ -6,6 +6,7 @@ from ...configs.schema import RunConfig
 from ...models.errors import InputError
 from ...models.spec import ModelSpec
 from ..base import Rank, Runner, SingleProcess
+from ..memory import describe_host, host_copy_bandwidth
 from .runner import ReferenceRunner
 
 
@@ -17,6 +18,12 @@ class ReferenceBackend:
 
     def build(self, spec: ModelSpec, run: RunConfig, rank: Rank) -> Runner:
         return ReferenceRunner(spec, run)
+
+    def devices(self) -> list[str]:
+        return [describe_host()]
+
+    def copy_bandwidth(self, run: RunConfig) -> float:
+        return host_copy_bandwidth()
 
 
 def backend() -> ReferenceBackend:

@@ -37,6 +37,8 @@ class PagedSequence:
 
 
 class ReferenceRunner:
+    dtype = kv_dtype = "fp32"
+
     def __init__(self, spec: ModelSpec, run: RunConfig):
         check_supported(spec, run)
         if run.device not in ("auto", "cpu") or run.dtype not in ("auto", "fp32"):

@@ -1,0 +1,109 @@
+"""``deepspan bench``: how long decode and prefill take, beside what the machine's memory allows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ... import backends
+from ...models.costs import decode_bytes, prefill_flops
+from ...models.errors import InputError
+from ..options import add_run
+from ..runtime import Session, note, open_run, read_run
+from ..timing import Timer
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--batch", metavar="1,8,32", default="1,8,32", help="sequences that decode together")
+    parser.add_argument("--context", metavar="N", type=int, default=1024, help="tokens before the first decode step")
+    parser.add_argument("--steps", metavar="N", type=int, default=32, help="decode steps to time")
+    parser.add_argument(
+        "--prefill", metavar="1x1024,8x1024", default="1x1024,8x1024", help="prompts x tokens; none times decode only"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row")
+
+
+def run(options: argparse.Namespace) -> int:
+    batches = [_count(part, "--batch") for part in options.batch.split(",")]
+    prefills = [] if options.prefill == "none" else [_prompts(part) for part in options.prefill.split(",")]
+    context, steps = _count(options.context, "--context"), _count(options.steps, "--steps")
+    max_batch = max(*batches, *(sequences for sequences, _ in prefills), 1)
+    max_tokens = max(context + steps, *(tokens for _, tokens in prefills), 1)
+    flags = {"engine.max_batch": max_batch, "engine.max_seq_len": max_tokens}
+    with open_run(read_run(options.run_name, options.overrides, flags)) as session:
+        budget = session.run.engine.max_batch_tokens
+        timer = Timer(session.runner, session.spec.vocab_size, max_batch, max_tokens, budget)
+        bandwidth = backends.load(session.run.backend).copy_bandwidth(session.run)
+        note(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + write); random tokens, greedy, median step")
+        _show(_decode_rows(session, timer, bandwidth, batches, context, steps), options.json)
+        _show(_prefill_rows(session, timer, prefills), options.json)
+    return 0
+
+
+def _decode_rows(
+    session: Session, timer: Timer, bandwidth: float, batches: Sequence[int], context: int, steps: int
+) -> Iterator[Row]:
+    """Bytes count the weights of the experts that even routing would choose; see `models.costs`."""
+    for batch in batches:
+        seconds = timer.decode(batch, context, steps)
+        read = decode_bytes(session.spec, batch, context, session.runner.dtype, session.runner.kv_dtype)
+        yield {
+            "batch": batch,
+            "context": context,
+            "decode_ms": 1e3 * seconds,
+            "decode_tokens_per_s": batch / seconds,
+            "bytes_per_step": read,
+            "bandwidth_share": read / seconds / bandwidth,
+        }
+
+
+def _prefill_rows(session: Session, timer: Timer, prefills: Sequence[tuple[int, int]]) -> Iterator[Row]:
+    for sequences, tokens in prefills:
+        seconds = timer.prefill(sequences, tokens)
+        yield {
+            "prefill": f"{sequences}x{tokens}",
+            "prefill_ms": 1e3 * seconds,
+            "prefill_tokens_per_s": sequences * tokens / seconds,
+            "tflops": prefill_flops(session.spec, sequences, tokens) / seconds / 1e12,
+        }
+
+
+def _show(rows: Iterator[Row], as_json: bool) -> None:
+    """Print each row when it is measured; as text, under a heading."""
+    heading = False
+    for row in rows:
+        if as_json:
+            print(json.dumps({key: _rounded(value) for key, value in row.items()}), flush=True)
+            continue
+        if not heading:
+            print("  ".join(row))
+            heading = True
+        print("  ".join(f"{_text(value):>{len(key)}}" for key, value in row.items()), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _count(text: str | int, option: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InputError(f"{text!r} is not a count", option, "give 1 or more")
+    return count
+
+
+def _prompts(text: str) -> tuple[int, int]:
+    sequences, _, tokens = text.partition("x")
+    return _count(sequences, f"--prefill {text}"), _count(tokens, f"--prefill {text}")

@@ -1,0 +1,69 @@
+"""Timings of a runner's forward steps, without the engine: prefill of equal prompts, decode at a given context.
+
+Shape letters: B sequences, M blocks a sequence.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+
+from ..backends.base import IntArray, Runner, StepBatch
+from ..serving.batch import greedy_sampling
+
+_WARM_UP_STEPS = 2  # the first steps compile, allocate and touch memory
+_REPEATS = 3
+
+
+class Timer:
+    """Runs steps over ``max_batch`` sequences of up to ``max_tokens`` tokens that own the cache of ``runner``."""
+
+    def __init__(self, runner: Runner, vocab_size: int, max_batch: int, max_tokens: int, tokens_per_step: int):
+        blocks = -(-max_tokens // runner.block_size)
+        assert max_batch * blocks <= runner.kv_blocks, "the run was made for these sizes"
+        self._runner = runner
+        self._tables_BM = np.arange(max_batch * blocks, dtype=np.int32).reshape(max_batch, blocks)
+        tokens = np.random.default_rng(0).integers(0, vocab_size, (max_batch, max_tokens))
+        self._tokens_BT = tokens.astype(np.int32)
+        self._tokens_per_step = tokens_per_step
+
+    def prefill(self, sequences: int, tokens: int) -> float:
+        """Seconds for prompts of ``tokens`` tokens each; the median of a few runs after a first one."""
+        times = [self._fill(sequences, tokens) for _ in range(1 + _REPEATS)]
+        return statistics.median(times[1:])
+
+    def decode(self, sequences: int, context: int, steps: int) -> float:
+        """Seconds of a step that adds one token to each sequence: the median of ``steps`` from ``context`` tokens on."""
+        self._fill(sequences, context)
+        times = []
+        next_ids_B = self._tokens_BT[:sequences, 0]
+        for number in range(_WARM_UP_STEPS + steps):
+            start = time.perf_counter()
+            # Warm-up steps write the slots that the first timed step writes again.
+            position = context + max(0, number - _WARM_UP_STEPS)
+            next_ids_B = self._step(next_ids_B[:, None], position, outputs=1)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[_WARM_UP_STEPS:])
+
+    def _fill(self, sequences: int, tokens: int) -> float:
+        """Feed the prompts in chunks of at most ``tokens_per_step`` tokens over all sequences."""
+        chunk = max(1, self._tokens_per_step // sequences)
+        start = time.perf_counter()
+        for first in range(0, tokens, chunk):
+            last = min(first + chunk, tokens)
+            self._step(self._tokens_BT[:sequences, first:last], first, outputs=int(last == tokens))
+        return time.perf_counter() - start
+
+    def _step(self, tokens_BT: IntArray, position: int, outputs: int) -> IntArray:
+        count, length = tokens_BT.shape
+        batch = StepBatch(
+            token_ids_T=np.ascontiguousarray(tokens_BT).reshape(-1),
+            query_lens_B=np.full(count, length, np.int32),
+            context_lens_B=np.full(count, position, np.int32),
+            block_tables_BM=self._tables_BM[:count],
+            num_outputs_B=np.full(count, outputs, np.int32),
+            sampling=greedy_sampling(count),
+        )
+        return self._runner.step(batch).token_ids_O
