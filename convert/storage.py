@@ -18,6 +18,8 @@ from .safetensors import TensorInfo
 PLAIN = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _FP8 = {"F8_E4M3": "fp8_block", "F8_E4M3FNUZ": "fp8_block_fnuz"}
 _SCALE = ("F32", "BF16", "F16")
+_ONE = (1,), ()
+_BLOCK_SCALES = ("weight_scale_inv", "scale", "weight_scale")  # DeepSeek V3's name, V4's and compressed-tensors'
 _WORDS = ("I32",)
 _MAINS = ("weight", "qweight", "weight_packed")
 
@@ -26,9 +28,10 @@ _MAINS = ("weight", "qweight", "weight_packed")
 class Stored:
     """One stored parameter.
 
-    ``format`` is bf16, f16, f32, fp8_block, fp8_block_fnuz, int8_block, int8_channel, gptq, awq or ct_int4.
-    ``tensors`` maps parts ("weight", "weight_scale_inv", "qweight", …) to tensors of the checkpoint; ``block`` belongs
-    to the block formats, ``group_size`` (input channels a scale) and ``zeros_minus_one`` to the INT4 formats.
+    ``format`` is bf16, f16, f32, fp8_block, fp8_block_fnuz, int8_block, int8_channel, ascend_static, gptq, awq or
+    ct_int4. ``tensors`` maps parts ("weight", "weight_scale_inv", "qweight", …) to tensors of the checkpoint;
+    ``block`` belongs to the block formats, ``group_size`` (input channels a scale) and ``zeros_minus_one`` to the INT4
+    formats.
     """
 
     param: Param
@@ -106,18 +109,37 @@ def _weight(module: _Module, config: QuantConfig) -> Stored:
         return _blocks(module, _FP8[weight.dtype], config)
     if "weight_scale_inv" in module:
         return _blocks(module, "int8_block", config)
-    rows = param.shape[0]
-    tensors = {"weight": weight, "weight_scale": module.take("weight_scale", _SCALE, (rows, 1), (rows,))}
-    if "weight_offset" in module:  # Ascend's files
-        tensors["weight_offset"] = module.take("weight_offset", _SCALE, (rows, 1), (rows,))
-    return Stored(param, "int8_channel", tensors)
+    return _channels(module)
+
+
+def _channels(module: _Module) -> Stored:
+    """INT8 with a scale for each row, and the scales of its activations where these are static."""
+    rows = module.param.shape[0]
+    column = (rows, 1), (rows,)
+    tensors = {"weight": module["weight"]}
+    if "weight_scale" in module or "deq_scale" not in module:
+        tensors["weight_scale"] = module.take("weight_scale", _SCALE, *column)
+    else:  # Ascend's static form in files that keep only its product with the activation's scale
+        module.take("input_scale", _SCALE, *_ONE)
+    optional = {
+        "weight_offset": (_SCALE, column),
+        "input_scale": (_SCALE, _ONE),
+        "input_offset": ((*_SCALE, "I8"), _ONE),
+        "input_zero_point": (("I8",), _ONE),
+        "deq_scale": (("F32", "I64"), column),
+        "quant_bias": (("I32",), column),
+    }
+    for part, (dtypes, shapes) in optional.items():
+        if part in module:
+            tensors[part] = module.take(part, dtypes, *shapes)
+    return Stored(module.param, "int8_channel" if "weight_scale" in tensors else "ascend_static", tensors)
 
 
 def _blocks(module: _Module, name: str, config: QuantConfig) -> Stored:
-    part = "scale" if "scale" in module and "weight_scale_inv" not in module else "weight_scale_inv"
+    part = next((part for part in _BLOCK_SCALES if part in module), _BLOCK_SCALES[0])
     block = config.block
     because = f", which blocks of {block[0]} x {block[1]} ({config.where}: weight_block_size) need"
-    scale = module.take(part, ("F32", "F8_E8M0"), block_grid(module.param.shape, block), because=because)
+    scale = module.take(part, (*_SCALE, "F8_E8M0"), block_grid(module.param.shape, block), because=because)
     return Stored(module.param, name, {"weight": module["weight"], "weight_scale_inv": scale}, block=block)
 
 

@@ -201,7 +201,7 @@ def pack_int4(values: NDArray, axis: int, order: tuple[int, ...] = _PLAIN_ORDER)
     moved = np.moveaxis(values.astype(np.uint32), axis, -1)
     padding = -moved.shape[-1] % 8
     moved = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, padding)])
-    eights = moved.reshape(*moved.shape[:-1], -1, 8)[..., list(order)]
+    eights = moved.reshape(*moved.shape[:-1], moved.shape[-1] // 8, 8)[..., list(order)]
     words = np.bitwise_or.reduce(eights << _SHIFTS, axis=-1).view(np.int32)
     return np.ascontiguousarray(np.moveaxis(words, -1, axis))
 
@@ -212,7 +212,7 @@ def unpack_int4(words: Int32, axis: int, order: tuple[int, ...] = _PLAIN_ORDER) 
     nibbles = ((moved[..., None] >> _SHIFTS) & 15).astype(np.uint8)
     eights = np.empty_like(nibbles)
     eights[..., list(order)] = nibbles
-    return np.moveaxis(eights.reshape(*moved.shape[:-1], -1), -1, axis)
+    return np.moveaxis(eights.reshape(*moved.shape[:-1], 8 * moved.shape[-1]), -1, axis)
 
 
 def groups(channels: int, group_size: int) -> Int32:
