@@ -1,5 +1,7 @@
 """Low-bit weight formats as pure functions on numpy arrays: the definition that kernels and converters must equal.
 
+This file says what stored codes mean; `quantise` makes them.
+
 Logical weights are [N, K] = [out, in]. A stored code's value times its FP32 scale is one FP32 product; "bf16" results
 are that product rounded once, to nearest even. Multiplying in BF16 would round twice. NaN codes and scales give NaN.
 Work is done in strips that fit a CPU cache: temporaries of a whole matrix cost several times the memory and the time.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import F8_E4M3_MAX, F8_E4M3_VALUES, I8_VALUES, Bits8, Float32, f32_to_bf16, f32_to_f8_e4m3
+from .dtypes import F8_E4M3_VALUES, I8_VALUES, Bits8, Float32, f32_to_bf16
 
 Int8 = NDArray[np.int8]
 Int32 = NDArray[np.int32]
@@ -38,7 +40,8 @@ def round_to(values: Float32, dtype: str) -> NDArray:
     return f32_to_bf16(values) if dtype == "bf16" else values
 
 
-def _strips(rows: int, columns: int) -> list[slice]:
+def strips(rows: int, columns: int) -> list[slice]:
+    """The rows of a matrix in runs that fit a CPU cache."""
     step = max(1, _STRIP // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -71,7 +74,7 @@ def dequant_fp8_blocks(
         stop = min((first[0] + r + 1) * block[0] - origin[0], codes_NK.shape[0])
         with np.errstate(over="ignore", invalid="ignore"):
             table = round_to(scales_RC[r, :, None] * values, dtype).reshape(-1)
-        for strip in _strips(stop - start, codes_NK.shape[1]):
+        for strip in strips(stop - start, codes_NK.shape[1]):
             rows = slice(start + strip.start, start + strip.stop)
             # "clip" because the indices are right by construction and "raise" would copy the result
             np.take(table, codes_NK[rows] + first_code_K, out=out[rows], mode="clip")
@@ -85,108 +88,20 @@ def dequant_int8_blocks(
     return dequant_fp8_blocks(q_NK.view(np.uint8), scales_RC, dtype, block, origin, I8_VALUES)
 
 
-def power_of_two_above(scales: Float32) -> Float32:
-    """The ue8m0 form of positive scales: 2 ** ceil(log2 s), exactly."""
-    mantissa, exponent = np.frexp(scales)
-    return np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
-
-
-def _scales(amax: Float32, limit: float, ue8m0: bool = False) -> Float32:
-    """amax / limit; 1 where everything is zero, and never so small that dividing by it loses the weight."""
-    scales = amax.astype(np.float32) / np.float32(limit)
-    scales = np.where(amax == 0, np.float32(1), np.maximum(scales, np.float32(2.0**-126)))
-    return power_of_two_above(scales) if ue8m0 else scales
-
-
-def _block_amax(weight_NK: Float32, block: tuple[int, int]) -> Float32:
-    rows, columns = block_grid(weight_NK.shape, block)
-    amax_RC = np.empty((rows, columns), np.float32)
-    starts = np.arange(columns) * block[1]
-    for r in range(rows):
-        row_K = np.abs(weight_NK[r * block[0] : (r + 1) * block[0]]).max(axis=0)
-        amax_RC[r] = np.maximum.reduceat(row_K, starts)
-    return amax_RC
-
-
-def _divide_by_block(weight_NK: Float32, scales_RC: Float32, block: tuple[int, int], rows: slice) -> Float32:
-    scales_K = np.repeat(scales_RC[np.arange(rows.start, rows.stop) // block[0]], block[1], axis=1)
-    return weight_NK[rows] / scales_K[:, : weight_NK.shape[1]]
-
-
-def quantise_fp8_blocks(
-    weight_NK: Float32, block: tuple[int, int] = BLOCK, ue8m0: bool = False
-) -> tuple[Bits8, Float32]:
-    """F8_E4M3 codes and their multipliers [R, C]; with ``ue8m0`` the multipliers are powers of two."""
-    scales_RC = _scales(_block_amax(weight_NK, block), F8_E4M3_MAX, ue8m0)
-    codes_NK = np.empty(weight_NK.shape, np.uint8)
-    for rows in _strips(*weight_NK.shape):
-        codes_NK[rows] = f32_to_f8_e4m3(_divide_by_block(weight_NK, scales_RC, block, rows))
-    return codes_NK, scales_RC
-
-
-def quantise_int8_blocks(weight_NK: Float32, block: tuple[int, int] = BLOCK) -> tuple[Int8, Float32]:
-    """Symmetric codes in -127..127 and scales [R, C]."""
-    scales_RC = _scales(_block_amax(weight_NK, block), 127)
-    q_NK = np.empty(weight_NK.shape, np.int8)
-    for rows in _strips(*weight_NK.shape):
-        q_NK[rows] = _round_int8(_divide_by_block(weight_NK, scales_RC, block, rows))
-    return q_NK, scales_RC
-
-
-def _round_int8(values: Float32) -> Int8:
-    return np.clip(np.rint(values), -127, 127).astype(np.int8)
-
-
 # INT8 channels ------------------------------------------------------------------------------------------------------
-
-
-def quantise_int8_channels(weight_NK: Float32) -> tuple[Int8, Float32]:
-    """Symmetric codes in -127..127 and scales [N, 1], by rounding to nearest."""
-    q_NK, scales_N1 = np.empty(weight_NK.shape, np.int8), np.empty((weight_NK.shape[0], 1), np.float32)
-    for rows in _strips(*weight_NK.shape):
-        scales_N1[rows] = _scales(np.abs(weight_NK[rows]).max(axis=1, keepdims=True), 127)
-        q_NK[rows] = _round_int8(weight_NK[rows] / scales_N1[rows])
-    return q_NK, scales_N1
 
 
 def dequant_int8_channels(q_NK: Int8, scales_N1: Float32, dtype: str, offsets_N1: Float32 | None = None) -> NDArray:
     """(q - offset) * scale, with scales and offsets of [N, 1]."""
     assert scales_N1.shape == (q_NK.shape[0], 1), f"scales {scales_N1.shape}, weight {q_NK.shape}"
     out = np.empty(q_NK.shape, result_dtype(dtype))
-    for rows in _strips(*q_NK.shape):
+    for rows in strips(*q_NK.shape):
         values = q_NK[rows].astype(np.float32)
         if offsets_N1 is not None:
             values -= offsets_N1[rows]
         values *= scales_N1[rows]
         out[rows] = round_to(values, dtype)
     return out
-
-
-# Activations --------------------------------------------------------------------------------------------------------
-
-
-def quantise_activation_fp8(
-    x: Float32, group: int = 128, ue8m0: bool = False, floor: float = 1e-4
-) -> tuple[Bits8, Float32]:
-    """Codes [..., K] and scales [..., ceil(K / group)]; each group's amax is at least ``floor``."""
-    amax = np.maximum(_group_amax(x, group), np.float32(floor))
-    scales = _scales(amax, F8_E4M3_MAX, ue8m0)
-    return f32_to_f8_e4m3(x / _spread(scales, group, x.shape[-1])), scales
-
-
-def quantise_activation_int8(x: Float32, group: int | None = None, floor: float = 1e-10) -> tuple[Int8, Float32]:
-    """Codes [..., K] and scales [..., G]: per token (G = 1), or per ``group`` channels of a token."""
-    group = group or x.shape[-1]
-    scales = _scales(np.maximum(_group_amax(x, group), np.float32(floor)), 127)
-    return _round_int8(x / _spread(scales, group, x.shape[-1])), scales
-
-
-def _group_amax(x: Float32, group: int) -> Float32:
-    return np.maximum.reduceat(np.abs(x), np.arange(0, x.shape[-1], group), axis=-1)
-
-
-def _spread(scales: Float32, group: int, channels: int) -> Float32:
-    return np.repeat(scales, group, axis=-1)[..., :channels]
 
 
 # INT4 ---------------------------------------------------------------------------------------------------------------
@@ -234,7 +149,7 @@ def dequant_gptq(
     """
     zeros_GN = unpack_gptq_zeros(qzeros, stores_minus_one)
     out = np.empty((qweight.shape[1], 8 * qweight.shape[0]), result_dtype(dtype))
-    for words in _strips(qweight.shape[0], 8 * qweight.shape[1]):
+    for words in strips(qweight.shape[0], 8 * qweight.shape[1]):
         channels = slice(8 * words.start, 8 * words.stop)
         q_KN = unpack_int4(qweight[words], axis=0)
         out[:, channels] = _affine(q_KN, zeros_GN, scales_GN, group_of_K[channels], dtype).T
@@ -245,7 +160,7 @@ def dequant_awq(qweight: Int32, qzeros: Int32, scales_GN: Float32, group_of_K: I
     """(q - z[g]) * s[g] as [N, K]; qweight [K, N/8] and qzeros [G, N/8] are packed along N in AWQ's nibble order."""
     zeros_GN = unpack_int4(qzeros, 1, AWQ_ORDER)
     out = np.empty((8 * qweight.shape[1], qweight.shape[0]), result_dtype(dtype))
-    for channels in _strips(qweight.shape[0], 8 * qweight.shape[1]):
+    for channels in strips(qweight.shape[0], 8 * qweight.shape[1]):
         q_KN = unpack_int4(qweight[channels], 1, AWQ_ORDER)
         out[:, channels] = _affine(q_KN, zeros_GN, scales_GN, group_of_K[channels], dtype).T
     return out
@@ -270,30 +185,9 @@ def dequant_packed_int4(
     rows, channels = packed.shape[0], len(group_of_K)
     out = np.empty((rows, channels), result_dtype(dtype))
     zeros_NG = None if packed_zeros is None else unpack_int4(packed_zeros, axis=0)[:rows]
-    for strip in _strips(rows, channels):
+    for strip in strips(rows, channels):
         values = unpack_int4(packed[strip], axis=1)[:, :channels].astype(np.float32)
         values -= np.float32(8) if zeros_NG is None else zeros_NG[strip][:, group_of_K]
         values *= scales_NG[strip][:, group_of_K]
         out[strip] = round_to(values, dtype)
     return out
-
-
-def quantise_int4_groups(
-    weight_NK: Float32, group_size: int, symmetric: bool = True
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Float32]:
-    """Codes [N, K] and zero points [N, G], both in 0..15, and scales [N, G], by rounding to nearest.
-
-    The weight is (code - zero point) * scale; symmetric groups have the zero point 8.
-    """
-    starts = np.arange(0, weight_NK.shape[1], group_size)
-    low_NG = np.minimum(np.minimum.reduceat(weight_NK, starts, axis=1), 0)
-    high_NG = np.maximum(np.maximum.reduceat(weight_NK, starts, axis=1), 0)
-    if symmetric:
-        scales_NG = _scales(np.maximum(-low_NG, high_NG), 7.5)
-        zeros_NG = np.full(scales_NG.shape, 8, np.float32)
-    else:
-        scales_NG = _scales(high_NG - low_NG, 15)
-        zeros_NG = np.clip(np.rint(-low_NG / scales_NG), 0, 15)
-    spread = [_spread(array, group_size, weight_NK.shape[1]) for array in (scales_NG, zeros_NG)]
-    codes_NK = np.clip(np.rint(weight_NK / spread[0]) + spread[1], 0, 15)
-    return codes_NK.astype(np.uint8), zeros_NG.astype(np.uint8), scales_NG

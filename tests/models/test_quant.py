@@ -5,7 +5,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
-from deepspan.models import dtypes, quant
+from deepspan.models import dtypes, quant, quantise
 
 RNG = np.random.default_rng(7)
 
@@ -39,7 +39,7 @@ def test_fp8_blocks_equal_the_definition(shape: tuple[int, int], block: tuple[in
 
 def test_kv_a_has_a_partial_last_block() -> None:
     assert quant.block_grid((576, 7168)) == (5, 56)
-    codes, scales = quant.quantise_fp8_blocks(weights(576, 256))
+    codes, scales = quantise.quantise_fp8_blocks(weights(576, 256))
     assert scales.shape == (5, 2)
     with pytest.raises(AssertionError, match=r"scales \(4, 2\), blocks \(5, 2\)"):
         quant.dequant_fp8_blocks(codes, scales[:4], "f32")
@@ -47,7 +47,7 @@ def test_kv_a_has_a_partial_last_block() -> None:
 
 @pytest.mark.parametrize("origin", [(0, 0), (128, 128), (5, 130), (127, 255), (300, 1)])
 def test_unaligned_slices_use_absolute_blocks(origin: tuple[int, int]) -> None:
-    codes, scales = quant.quantise_fp8_blocks(weights(576, 300))
+    codes, scales = quantise.quantise_fp8_blocks(weights(576, 300))
     whole = quant.dequant_fp8_blocks(codes, scales, "bf16")
     end = origin[0] + 140, origin[1] + 40
     touched = scales[origin[0] // 128 : -(-end[0] // 128), origin[1] // 128 : -(-end[1] // 128)]
@@ -67,54 +67,9 @@ def test_nan_codes_subnormals_and_huge_scales() -> None:
         assert np.isnan(dtypes.bf16_to_f32(got[nan])).all()
 
 
-@pytest.mark.parametrize("ue8m0", [False, True])
-def test_fp8_quantisation(ue8m0: bool) -> None:
-    weight = weights(576, 300)
-    weight[:128, :128] = 0
-    weight[130, 140] = 100.0
-    codes, scales = quant.quantise_fp8_blocks(weight, ue8m0=ue8m0)
-    for r in range(5):
-        for c in range(3):
-            part = weight[128 * r : 128 * r + 128, 128 * c : 128 * c + 128]
-            scale = np.abs(part).max() / np.float32(448) if part.any() else np.float32(1)
-            scale = np.float32(2.0 ** np.ceil(np.log2(scale))) if ue8m0 else scale
-            assert scales[r, c] == scale
-            expected = torch.from_numpy(part / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-            np.testing.assert_array_equal(codes[128 * r : 128 * r + 128, 128 * c : 128 * c + 128], expected.numpy())
-    error = quant.dequant_fp8_blocks(codes, scales, "f32") - weight
-    assert np.linalg.norm(error) / np.linalg.norm(weight) < 0.04
-
-
-def test_power_of_two_above_is_exact() -> None:
-    exponents = np.arange(-126, 127)
-    powers = np.ldexp(np.float32(1), exponents)
-    np.testing.assert_array_equal(quant.power_of_two_above(powers), powers)
-    np.testing.assert_array_equal(quant.power_of_two_above(np.nextafter(powers, np.float32(np.inf))), 2 * powers)
-    np.testing.assert_array_equal(quant.power_of_two_above(np.nextafter(powers[1:], np.float32(0))), powers[1:])
-
-
-def test_tiny_weights_keep_finite_codes() -> None:
-    weight = np.full((4, 4), 1e-44, np.float32)
-    codes, scales = quant.quantise_fp8_blocks(weight)
-    assert np.isfinite(quant.dequant_fp8_blocks(codes, scales, "f32")).all()
-
-
-@pytest.mark.parametrize("ue8m0", [False, True])
-def test_fp8_activations(ue8m0: bool) -> None:
-    x = np.stack([weights(3, 300), np.zeros((3, 300), np.float32)])
-    codes, scales = quant.quantise_activation_fp8(x, ue8m0=ue8m0)
-    assert codes.shape == x.shape and scales.shape == (2, 3, 3)
-    for index in np.ndindex(2, 3, 3):
-        part = x[index[:2]][128 * index[2] : 128 * index[2] + 128]
-        scale = max(np.abs(part).max(), np.float32(1e-4)) / np.float32(448)
-        assert scales[index] == (np.float32(2.0 ** np.ceil(np.log2(scale))) if ue8m0 else scale)
-    back = dtypes.F8_E4M3_VALUES[codes] * np.repeat(scales, 128, -1)[..., :300]
-    assert np.linalg.norm(back - x) / np.linalg.norm(x) < 0.04
-
-
 def test_int8_blocks() -> None:
     weight = weights(200, 300)
-    q, scales = quant.quantise_int8_blocks(weight)
+    q, scales = quantise.quantise_int8_blocks(weight)
     assert q.dtype == np.int8 and q.min() == -127 and scales.shape == (2, 3)
     expected = slow_blocks(q.astype(np.float32), scales, (128, 128))
     np.testing.assert_array_equal(quant.dequant_int8_blocks(q, scales, "f32"), expected)
@@ -125,7 +80,7 @@ def test_int8_blocks() -> None:
 def test_int8_channels() -> None:
     weight = weights(200, 300)
     weight[3] = 0
-    q, scales = quant.quantise_int8_channels(weight)
+    q, scales = quantise.quantise_int8_channels(weight)
     np.testing.assert_array_equal(scales[4], np.abs(weight[4]).max() / np.float32(127))
     np.testing.assert_array_equal(q[5], np.rint(weight[5] / scales[5]))
     expected = q.astype(np.float32) * scales
@@ -136,19 +91,10 @@ def test_int8_channels() -> None:
     np.testing.assert_array_equal(shifted, (q.astype(np.float32) - 3) * scales)
 
 
-@pytest.mark.parametrize(("group", "count"), [(None, 1), (128, 3)])
-def test_int8_activations(group: int | None, count: int) -> None:
-    x = weights(5, 300)
-    q, scales = quant.quantise_activation_int8(x, group)
-    assert scales.shape == (5, count)
-    back = q * np.repeat(scales, group or 300, axis=-1)[:, :300]
-    assert np.abs(back - x).max() <= scales.max() * 0.5001
-
-
 def int4_weight(symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes [N, K], zero points [N, G], float16 scales [N, G] as FP32, and the weight by the slow definition."""
     weight = weights(24, 64) + (0 if symmetric else 0.5)
-    codes, zeros, scales = quant.quantise_int4_groups(weight, 16, symmetric)
+    codes, zeros, scales = quantise.quantise_int4_groups(weight, 16, symmetric)
     scales = scales.astype(np.float16).astype(np.float32)
     return codes, zeros, scales, slow_int4(codes, zeros, scales, np.arange(64) // 16)
 
@@ -165,7 +111,7 @@ def slow_int4(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group_of
 def test_int4_round_trip_error() -> None:
     weight = weights(64, 512)
     for symmetric in (True, False):
-        codes, zeros, scales = quant.quantise_int4_groups(weight, 128, symmetric)
+        codes, zeros, scales = quantise.quantise_int4_groups(weight, 128, symmetric)
         back = slow_int4(codes, zeros, scales, np.arange(512) // 128)
         assert np.linalg.norm(back - weight) / np.linalg.norm(weight) < 0.14
 
