@@ -139,7 +139,7 @@ def f32_to_f8_e4m3(values: Float32) -> Bits8:
     """Round to nearest even, subnormals included; magnitudes above 448, infinities too, become 448; NaN stays NaN."""
     values = np.asarray(values, np.float32)
     codes = _round_to_e4m3(values, bias=7, limit=F8_E4M3_MAX)
-    codes[np.signbit(values)] |= np.uint8(0x80)
+    codes |= np.signbit(values).view(np.uint8) << np.uint8(7)
     codes[np.isnan(values)] = 0x7F
     return codes
 
@@ -157,14 +157,15 @@ def _round_to_e4m3(values: Float32, bias: int, limit: float) -> Bits8:
     """Codes of the magnitudes, sign bit clear."""
     with np.errstate(invalid="ignore"):  # what NaNs become is replaced by the caller
         magnitude = np.minimum(np.abs(values), np.float32(limit))
-        bits = magnitude.view(np.uint32)
-        normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-        normal -= np.uint32((127 - bias) << 3)
-        # Below the smallest normal the codes are multiples of 2 ** (-2 - bias); the product is exact. A result of 8
-        # is the smallest normal's code, so rounding up across the border is right too.
-        subnormal = np.rint(np.minimum(magnitude, 1) * np.float32(2.0 ** (2 + bias)))
-        is_subnormal = magnitude < np.float32(2.0 ** (1 - bias))
-        return np.where(is_subnormal, subnormal, normal).astype(np.uint8)
+        # FP32 keeps 23 bits after the leading one and a code 3: in a sum with the 2 ** 20 fold of its own power of two
+        # a magnitude's last bit is the code's. Below the smallest normal the spacing stays that of the smallest normal.
+        shift = (magnitude.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+        shift = np.maximum(shift, np.float32(2.0 ** (1 - bias))) * np.float32(2.0**20)
+        magnitude += shift
+        magnitude -= shift
+        # With FP32's bias exchanged for the code's, the code is the top of the bit pattern, subnormals included.
+        magnitude *= np.float32(2.0 ** (bias - 127))
+    return (magnitude.view(np.uint32) >> 20).astype(np.uint8)
 
 
 _TO_F32: dict[str, Callable[[NDArray], Float32]] = {

@@ -8,6 +8,8 @@ Sources: DeepSeek-V3 (arXiv 2412.19437, section 3.3); compressed-tensors' and ms
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,9 +58,14 @@ def _block_amax(weight_NK: Weight, block: tuple[int, int]) -> Float32:
     return amax_RC
 
 
-def _divide_by_block(weight_NK: Weight, scales_RC: Float32, block: tuple[int, int], rows: slice) -> Float32:
-    scales_K = np.repeat(scales_RC[np.arange(rows.start, rows.stop) // block[0]], block[1], axis=1)
-    return _f32(weight_NK[rows]) / scales_K[:, : weight_NK.shape[1]]
+def _quotients(weight_NK: Weight, scales_RC: Float32, block: tuple[int, int]) -> Iterator[tuple[slice, Float32]]:
+    """Runs of rows and their weights divided by the scales."""
+    for r, scales_C in enumerate(scales_RC):
+        scales_K = np.repeat(scales_C, block[1])[: weight_NK.shape[1]]
+        start, stop = r * block[0], min((r + 1) * block[0], len(weight_NK))
+        for strip in strips(stop - start, weight_NK.shape[1]):
+            rows = slice(start + strip.start, start + strip.stop)
+            yield rows, _f32(weight_NK[rows]) / scales_K
 
 
 def quantise_fp8_blocks(
@@ -67,8 +74,8 @@ def quantise_fp8_blocks(
     """F8_E4M3 codes and their multipliers [R, C], amax / 448; with ``ue8m0`` these are powers of two."""
     scales_RC = _scales(_block_amax(weight_NK, block), F8_E4M3_MAX, ue8m0)
     codes_NK = np.empty(weight_NK.shape, np.uint8)
-    for rows in strips(*weight_NK.shape):
-        codes_NK[rows] = f32_to_f8_e4m3(_divide_by_block(weight_NK, scales_RC, block, rows))
+    for rows, quotients in _quotients(weight_NK, scales_RC, block):
+        codes_NK[rows] = f32_to_f8_e4m3(quotients)
     return codes_NK, scales_RC
 
 
@@ -76,8 +83,8 @@ def quantise_int8_blocks(weight_NK: Weight, block: tuple[int, int] = BLOCK) -> t
     """Symmetric codes in -127..127 and scales [R, C]."""
     scales_RC = _scales(_block_amax(weight_NK, block), 127)
     q_NK = np.empty(weight_NK.shape, np.int8)
-    for rows in strips(*weight_NK.shape):
-        q_NK[rows] = _round_int8(_divide_by_block(weight_NK, scales_RC, block, rows))
+    for rows, quotients in _quotients(weight_NK, scales_RC, block):
+        q_NK[rows] = _round_int8(quotients)
     return q_NK, scales_RC
 
 
