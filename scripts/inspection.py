@@ -106,8 +106,7 @@ def _take_stock(found: Inspection, checkpoint: Checkpoint) -> None:
 
 
 def _compare_names(found: Inspection, layout: str, spec: ModelSpec, files: list[str], names: set[str]) -> None:
-    wanted = expected_names(layout, spec, files, names)
+    wanted, found.has_mtp = expected_names(layout, spec, files, names)
     scales = {f"{name.removesuffix('.weight')}.scale" for name in wanted}
     found.missing = sorted(wanted - names)
     found.extra = sorted(names - wanted - scales)
-    found.has_mtp = bool(spec.mtp_layers()) and wanted > expected_names(layout, spec, files, ())

@@ -49,11 +49,14 @@ def write_logits(path: Path, logits: FloatArray, token_ids: Sequence[int]) -> No
 def read_logits(path: Path) -> LogitsFile:
     """Raises InputError for anything but such a file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
             found = {name: arrays[name] for name in ("logits", "token_ids") if name in arrays}
     except OSError as error:
         raise InputError("cannot read", str(path), error.strerror or str(error)) from None
-    except (ValueError, EOFError, TypeError, zipfile.BadZipFile):
+    except (ValueError, EOFError, zipfile.BadZipFile):
         raise InputError("not an .npz file", str(path), "give a file that deepspan logits wrote") from None
     logits = found.get("logits")
     if logits is None or logits.ndim != 2 or not logits.size or not np.issubdtype(logits.dtype, np.floating):

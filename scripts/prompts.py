@@ -77,11 +77,13 @@ def _read_file(name: str) -> list[Prompt]:
     filled = [(number, line) for number, line in numbered if line.strip()]
     if not filled:
         raise InputError("no prompts", where, "write one prompt a line")
+    if filled[0][1].lstrip().startswith("{"):
+        prompts = [_read_object(line, f"{where}, line {number}") for number, line in filled]
+    else:
+        prompts = [Prompt(line) for _, line in filled]
     if blank := filled[-1][0] - len(filled):
         note(f"{where}: {blank} blank line{'s' if blank > 1 else ''} skipped")
-    if not filled[0][1].lstrip().startswith("{"):
-        return [Prompt(line) for _, line in filled]
-    return [_read_object(line, f"{where}, line {number}") for number, line in filled]
+    return prompts
 
 
 def _read_text(name: str, where: str) -> str:

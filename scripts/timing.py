@@ -35,7 +35,7 @@ class Timer:
         return statistics.median(times[1:])
 
     def decode(self, sequences: int, context: int, steps: int) -> float:
-        """Seconds of a step that adds one token to each sequence: the median of ``steps`` from ``context`` tokens on."""
+        """Seconds of a step that adds a token to each sequence: the median of ``steps`` from ``context`` tokens on."""
         self._fill(sequences, context)
         times = []
         next_ids_B = self._tokens_BT[:sequences, 0]

@@ -25,13 +25,17 @@ def recognise(files: Collection[str], names: Collection[str]) -> str | None:
     return "mindspore_infer" if _any_contains(names, ".attention.lkv2kv_k_nope.") else None
 
 
-def expected_names(layout: str, spec: ModelSpec, files: Collection[str], names: Collection[str]) -> set[str]:
-    """The tensors that a complete checkpoint has in ``layout``, which is not huggingface, whose names hold formats.
+def expected_names(
+    layout: str, spec: ModelSpec, files: Collection[str], names: Collection[str]
+) -> tuple[set[str], bool]:
+    """The tensors that a complete checkpoint has in ``layout``, and whether its MTP layers are among them.
 
-    Multipliers of quantised weights are left out. MTP layers count when any of their tensors is among ``names``.
+    They are when ``names`` has any of theirs. Multipliers of quantised weights are left out. Not for huggingface, where
+    names depend on the stored format: there `convert.inventory` tells.
     """
     main, everything = (_names(layout, spec, mtp, files, names) for mtp in (False, True))
-    return main if (everything - main).isdisjoint(names) else everything
+    has_mtp = not (everything - main).isdisjoint(names)
+    return (everything if has_mtp else main), has_mtp
 
 
 def _names(layout: str, spec: ModelSpec, mtp: bool, files: Collection[str], names: Collection[str]) -> set[str]:

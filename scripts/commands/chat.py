@@ -90,7 +90,7 @@ class Conversation:
             print(flush=True)
             note("interrupted")
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return
         self.turns = [*asked, {"role": "assistant", "content": "".join(shown)}]
 
