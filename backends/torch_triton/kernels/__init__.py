@@ -1,0 +1,1 @@
+"""Triton kernels for decode steps: per file one idea, as kernel, launcher and eager PyTorch twin."""

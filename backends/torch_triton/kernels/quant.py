@@ -1,0 +1,209 @@
+"""Activations to FP8 with one scale per 128 channels; residual add and RMSNorm in the same pass.
+
+Shape letters: T tokens, P partial results to be added, K channels, G groups of 128 channels.
+Sources: DeepSeek-V3 (arXiv 2412.19437), section 3.3; `models.quantise.quantise_activation_fp8` is the definition.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import e4m3, pdl
+from .chips import Chip, check, chip_of, options
+
+GROUP = 128
+E4M3_MAX = 448.0
+FLOOR = 1e-4  # the least absmax of a group: zeros must not give 0 / 0
+
+
+class Codes(NamedTuple):
+    """Quantised activations: ``codes`` FP8 [T, K] and ``scales`` float32 [T, G], stored one group after another."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+class Normed(NamedTuple):
+    residual: torch.Tensor | None  # [T, K], the sum that was normed; None when nothing was added
+    plain: torch.Tensor | None  # [T, K] BF16
+    quantised: Codes | None
+
+
+def empty_codes(tokens: int, channels: int, device: torch.device) -> Codes:
+    """Room for quantised activations. Scales lie group by group: that is what matrix kernels read in one piece."""
+    scales_GT = torch.empty(triton.cdiv(channels, GROUP), tokens, dtype=torch.float32, device=device)
+    return Codes(torch.empty(tokens, channels, dtype=chip_of(device).fp8, device=device), scales_GT.t())
+
+
+@triton.jit
+def _quantise_groups(x_GX, UE8M0: tl.constexpr, FNUZ: tl.constexpr):
+    """Codes [G, 128] and scales [G] of FP32 values."""
+    amax_G = tl.maximum(tl.max(tl.abs(x_GX), 1), 1e-4)
+    scale_G = tl.div_rn(amax_G, 448.0)
+    if UE8M0:
+        bits_G = scale_G.to(tl.uint32, bitcast=True) + 0x7FFFFF
+        scale_G = (bits_G & 0x7F800000).to(tl.float32, bitcast=True)
+    codes_GX = e4m3.encode(tl.div_rn(x_GX, tl.broadcast_to(scale_G[:, None], x_GX.shape)), FNUZ)
+    return codes_GX, scale_G * 2.0 if FNUZ else scale_G
+
+
+@triton.jit
+def _add_norm_quantise(
+    branch_ptr, branch_stride_t, branch_stride_p, residual_ptr, residual_stride, weight_ptr, sum_ptr, plain_ptr,
+    codes_ptr, scales_ptr, scales_stride, eps, K, P: tl.constexpr, ADD: tl.constexpr, PLAIN: tl.constexpr,
+    QUANTISE: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    group_G = tl.arange(0, BLOCK // 128)
+    k_GX = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = k_GX < K
+    weight_GX = tl.load(weight_ptr + k_GX, mask=mask, other=0.0).to(tl.float32)
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    x_GX = tl.zeros((BLOCK // 128, 128), tl.float32)
+    for p in tl.static_range(P):
+        x_GX += tl.load(branch_ptr + t * branch_stride_t + p * branch_stride_p + k_GX, mask=mask, other=0.0).to(
+            tl.float32
+        )
+    if ADD:
+        x_GX += tl.load(residual_ptr + t * residual_stride + k_GX, mask=mask, other=0.0).to(tl.float32)
+    if ADD or P > 1:
+        rounded_GX = x_GX.to(tl.bfloat16)
+        tl.store(sum_ptr + t * K + k_GX, rounded_GX, mask=mask)
+        x_GX = rounded_GX.to(tl.float32)
+    mean_square = tl.sum(tl.sum(x_GX * x_GX, 1), 0) / K
+    normed_GX = (x_GX * tl.rsqrt(mean_square + eps) * weight_GX).to(tl.bfloat16)
+    if PLAIN:
+        tl.store(plain_ptr + t * K + k_GX, normed_GX, mask=mask)
+    if QUANTISE:
+        codes_GX, scale_G = _quantise_groups(normed_GX.to(tl.float32), UE8M0, FNUZ)
+        tl.store(codes_ptr + t * K + k_GX, codes_GX, mask=mask)
+        tl.store(scales_ptr + t + group_G * scales_stride, scale_G, mask=group_G * 128 < K)
+
+
+def add_norm_quantise(
+    branch_TPK: torch.Tensor,
+    residual_TK: torch.Tensor | None,
+    weight_K: torch.Tensor,
+    eps: float,
+    plain: bool = False,
+    quantise: bool = True,
+    ue8m0: bool = False,
+) -> Normed:
+    """residual + sum over P of branch, rounded to BF16; its RMSNorm; and that norm's 1 x 128 codes. One launch.
+
+    ``branch_TPK``: [T, K] or, as partial results, [T, P, K]; BF16 or FP32, channels contiguous. ``residual_TK`` BF16.
+    """
+    name = "add_norm_quantise"
+    tokens, channels = branch_TPK.shape[0], branch_TPK.shape[-1]
+    parts = branch_TPK.shape[1] if branch_TPK.dim() == 3 else 1
+    check(branch_TPK.dim() in (2, 3) and branch_TPK.stride(-1) == 1, "channels must be contiguous", name)
+    check(weight_K.shape == (channels,) and weight_K.is_contiguous(), f"weight {tuple(weight_K.shape)}", name)
+    if residual_TK is not None:
+        fits = residual_TK.shape == (tokens, channels) and residual_TK.stride(-1) == 1
+        check(fits and residual_TK.dtype == torch.bfloat16, f"residual {tuple(residual_TK.shape)}", name)
+    device = branch_TPK.device
+    chip = chip_of(device)
+    check(not quantise or chip.fp8_units, f"{chip.name} has no FP8 units, so activations stay BF16", name)
+
+    def bf16() -> torch.Tensor:
+        return torch.empty(tokens, channels, dtype=torch.bfloat16, device=device)
+
+    adds = residual_TK is not None or parts > 1
+    out = Normed(
+        bf16() if adds else None,
+        bf16() if plain else None,
+        empty_codes(tokens, channels, device) if quantise else None,
+    )
+    _add_norm_quantise[(tokens,)](
+        branch_TPK, branch_TPK.stride(0), branch_TPK.stride(1) if branch_TPK.dim() == 3 else 0,
+        residual_TK, residual_TK.stride(0) if residual_TK is not None else 0, weight_K, out.residual, out.plain,
+        out.quantised.codes.view(torch.uint8) if out.quantised else None,
+        out.quantised.scales if out.quantised else None, tokens, eps, channels,
+        P=parts, ADD=residual_TK is not None, PLAIN=plain, QUANTISE=quantise, UE8M0=ue8m0, FNUZ=chip.fnuz,
+        BLOCK=max(GROUP, triton.next_power_of_2(channels)), PDL=chip.dependent_launch, **norm_options(chip, channels),
+    )  # fmt: skip
+    return out
+
+
+def norm_options(chip: Chip, channels: int) -> dict[str, int | bool]:
+    """One row is one program's work: as many warps as keep a thread at 16 to 32 values."""
+    return options(chip, warps=4 if channels <= 2048 else 8)
+
+
+def add_norm_quantise_eager(
+    branch_TPK: torch.Tensor,
+    residual_TK: torch.Tensor | None,
+    weight_K: torch.Tensor,
+    eps: float,
+    plain: bool = False,
+    quantise: bool = True,
+    ue8m0: bool = False,
+) -> Normed:
+    """The twin of `add_norm_quantise`."""
+    x_TPK = branch_TPK.float()
+    x_TK = x_TPK.sum(1) if x_TPK.dim() == 3 else x_TPK
+    adds = residual_TK is not None or (x_TPK.dim() == 3 and x_TPK.shape[1] > 1)
+    if residual_TK is not None:
+        x_TK = x_TK + residual_TK.float()
+    residual = x_TK.bfloat16() if adds else None
+    x_TK = x_TK if residual is None else residual.float()
+    normed = (x_TK * torch.rsqrt(x_TK.square().mean(-1, keepdim=True) + eps) * weight_K.float()).bfloat16()
+    return Normed(residual, normed if plain else None, quantise_eager(normed, ue8m0) if quantise else None)
+
+
+@triton.jit
+def _quantise(
+    x_ptr, x_stride, codes_ptr, scales_ptr, scales_stride, K,
+    UE8M0: tl.constexpr, FNUZ: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    group_G = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+    k_GX = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    x_GX = tl.load(x_ptr + t * x_stride + k_GX, mask=k_GX < K, other=0.0).to(tl.float32)
+    codes_GX, scale_G = _quantise_groups(x_GX, UE8M0, FNUZ)
+    tl.store(codes_ptr + t * K + k_GX, codes_GX, mask=k_GX < K)
+    tl.store(scales_ptr + t + group_G * scales_stride, scale_G, mask=group_G * 128 < K)
+
+
+def quantise(x_TK: torch.Tensor, ue8m0: bool = False) -> Codes:
+    """1 x 128 codes of BF16 or FP32 activations [T, K]; channels contiguous."""
+    check(x_TK.dim() == 2 and x_TK.stride(1) == 1, "activations must be [T, K] with contiguous channels", "quantise")
+    chip = chip_of(x_TK.device)
+    check(chip.fp8_units, f"{chip.name} has no FP8 units, so activations stay BF16", "quantise")
+    tokens, channels = x_TK.shape
+    out = empty_codes(tokens, channels, x_TK.device)
+    block = 1024
+    _quantise[(tokens, triton.cdiv(channels, block))](
+        x_TK, x_TK.stride(0), out.codes.view(torch.uint8), out.scales, tokens, channels,
+        UE8M0=ue8m0, FNUZ=chip.fnuz, BLOCK=block, PDL=chip.dependent_launch, **options(chip, warps=4),
+    )  # fmt: skip
+    return out
+
+
+def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False) -> Codes:
+    """The twin of `quantise`."""
+    tokens, channels = x_TK.shape
+    groups = triton.cdiv(channels, GROUP)
+    x_TGX = torch.nn.functional.pad(x_TK.float(), (0, groups * GROUP - channels)).view(tokens, groups, GROUP)
+    scales_TG = x_TGX.abs().amax(2).clamp(min=FLOOR) / E4M3_MAX
+    if ue8m0:
+        mantissa, exponent = torch.frexp(scales_TG)
+        scales_TG = torch.ldexp(torch.ones_like(scales_TG), exponent - (mantissa == 0.5).int())
+    fp8 = chip_of(x_TK.device).fp8
+    half = 2.0 if fp8 == torch.float8_e4m3fnuz else 1.0  # an fnuz code stands for half the e4m3fn value
+    quotient_TGX = (x_TGX / scales_TG[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    codes = (quotient_TGX / half).to(fp8).view(tokens, -1)[:, :channels]
+    return Codes(codes.contiguous(), scales_TG * half)
+
+
+def dequantise(x: Codes) -> torch.Tensor:
+    """The float32 activations that codes stand for, [T, K]."""
+    scales_TK = x.scales.repeat_interleave(GROUP, 1)[:, : x.codes.shape[1]]
+    return x.codes.float() * scales_TK
