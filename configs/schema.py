@@ -64,6 +64,7 @@ class Engine(Section):
     block_size: int = Field(64, ge=1, le=1024)
     kv_dtype: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     memory_fraction: float = Field(0.9, gt=0, le=1)
+    device_memory_gib: float | None = Field(None, gt=0)  # what a device has; default: what it reports
     prefix_cache: bool = True
     speculative_tokens: int = Field(0, ge=0, le=8)
     graphs: bool = True

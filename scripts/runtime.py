@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -62,10 +63,9 @@ class Session:
     spec: ModelSpec
     rank: Rank
     runner: Runner
-    weights: Weights
-    checkpoint: Checkpoint | None
     optional_tokenizer: Tokenizer | None
     stop_token_ids: frozenset[int]
+    opened: ExitStack  # the files and the runner, closed in reverse order
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -88,17 +88,10 @@ class Session:
         return Engine(self.runner, self.spec.vocab_size, limits, self.optional_tokenizer)
 
     def generation_options(self, **changes: Any) -> GenerationOptions:
-        """The run's ``sampling`` section with the given values in place of its own; None means unchanged."""
-        sampling = self.run.sampling
-        values: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "seed": sampling.seed,
-            "max_new_tokens": sampling.max_new_tokens,
-        }
-        values |= {key: value for key, value in changes.items() if value is not None}
-        return GenerationOptions(stop_token_ids=self.stop_token_ids, stop_strings=tuple(sampling.stop), **values)
+        """The run's ``sampling`` section, with ``changes`` to its values."""
+        values = self.run.sampling.model_dump() | changes
+        stop_strings = tuple(values.pop("stop"))
+        return GenerationOptions(stop_token_ids=self.stop_token_ids, stop_strings=stop_strings, **values)
 
     def logits(self, token_ids: Sequence[int]) -> FloatArray:
         """float32 [tokens, vocab]: after every token of a text, the logits of the next.
@@ -114,9 +107,7 @@ class Session:
         return prompt_logits(self.runner, token_ids, self.run.engine.max_batch_tokens)
 
     def close(self) -> None:
-        self.runner.close()
-        if self.checkpoint:
-            self.checkpoint.close()
+        self.opened.close()
 
     def __enter__(self) -> Session:
         return self
@@ -127,22 +118,22 @@ class Session:
 
 def open_run(run: RunConfig) -> Session:
     """Load the model of a run. Everything that can be wrong with the input is found before the weights are read."""
-    checkpoint = Checkpoint.open(run.model.path) if run.model.path and run.model.weights == "checkpoint" else None
-    try:
-        spec = _spec(run, checkpoint)
+    with ExitStack() as opened:
+        checkpoint = None
+        if run.model.path and run.model.weights == "checkpoint":
+            checkpoint = opened.enter_context(Checkpoint.open(run.model.path))
+        spec = model_spec(run, checkpoint)
         run = _fit_to_model(run, spec)
         tokenizer = _tokenizer(run, spec)
+        stop_tokens = _stop_tokens(run, spec, tokenizer)
         weights: Weights = CheckpointWeights(checkpoint, spec) if checkpoint else RandomWeights(spec, RANDOM_SEED)
         backend = backends.load(run.backend)
         rank = backend.start(run)
         runner = backend.build(spec, run, rank)
+        opened.callback(runner.close)
         with Progress("loading", len(list(weights.names()))) as progress:
             runner.load(CountedWeights(weights, progress))
-    except BaseException:
-        if checkpoint:
-            checkpoint.close()
-        raise
-    return Session(run, spec, rank, runner, weights, checkpoint, tokenizer, _stop_tokens(run, spec, tokenizer))
+        return Session(run, spec, rank, runner, tokenizer, stop_tokens, opened.pop_all())
 
 
 class CountedWeights:
@@ -169,7 +160,7 @@ class CountedWeights:
         return value
 
 
-def _spec(run: RunConfig, checkpoint: Checkpoint | None) -> ModelSpec:
+def model_spec(run: RunConfig, checkpoint: Checkpoint | None = None) -> ModelSpec:
     """The spec of the checkpoint, which a named spec must equal, or the named one for random weights."""
     model = run.model
     if model.path:

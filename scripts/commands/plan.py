@@ -1,0 +1,146 @@
+"""``deepspan plan``: what each rank will hold, and whether it fits, from the run and the spec alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...configs.schema import RunConfig
+from ...models.capacity import GIB, Precision, StagePlan, plan_stages
+from ...models.catalog import load_spec
+from ...models.errors import InputError
+from ...models.sharding import Grid
+from ...models.spec import ModelSpec
+from ..options import add_run
+from ..runtime import model_spec, note, read_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.epilog = "A model.path that is not there yet is planned from model.spec. Exit code 2 when it does not fit."
+
+
+def run(options: argparse.Namespace) -> int:
+    config = read_run(options.run_name, options.overrides)
+    spec = _spec(config)
+    deployment = Deployment.of(config, spec)
+    stages = list(
+        plan_stages(
+            spec, deployment.grid, deployment.precision, config.engine.max_batch_tokens, config.engine.max_batch
+        )
+    )
+    if options.json:
+        print(json.dumps(_as_json(deployment, stages)))
+    else:
+        _print(deployment, stages)
+    _check_fits(deployment, stages, config)
+    return 0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A run's degrees, precision and the bytes that a device may use (None: unknown here)."""
+
+    grid: Grid
+    precision: Precision
+    budget_bytes: int | None
+
+    @classmethod
+    def of(cls, config: RunConfig, spec: ModelSpec) -> Deployment:
+        grid = Grid(**config.parallel.model_dump())
+        launch = config.launch
+        if launch.launcher != "none" and launch.nodes * launch.procs_per_node != grid.world_size:
+            raise InputError(
+                f"{launch.nodes} nodes of {launch.procs_per_node} processes for {grid.world_size} ranks",
+                "launch",
+                "make nodes x procs_per_node equal tp x dp x pp",
+            )
+        weights = (
+            config.dtype if config.dtype != "auto" else "fp8" if spec.fp8 and config.device != "ascend" else "bf16"
+        )
+        cache = config.engine.kv_dtype
+        if cache == "auto":
+            cache = "fp32" if weights == "fp32" else "bf16"
+        memory = config.engine.device_memory_gib
+        budget = None if memory is None else int(memory * GIB * config.engine.memory_fraction)
+        return cls(grid, Precision(weights, cache), budget)
+
+
+def _spec(config: RunConfig) -> ModelSpec:
+    model = config.model
+    if model.path and not Path(model.path).exists() and model.spec:
+        note(f"{model.path} is not there; planned from the spec {model.spec}")
+        spec = load_spec(model.spec)
+        return spec.replace(model.overrides) if model.overrides else spec
+    return model_spec(config)
+
+
+def _cache_tokens(deployment: Deployment, stages: list[StagePlan]) -> int | None:
+    """Tokens that every stage has room for, over all data-parallel replicas."""
+    if deployment.budget_bytes is None:
+        return None
+    return deployment.grid.dp * min(stage.cache_tokens(deployment.budget_bytes) for stage in stages)
+
+
+def _as_json(deployment: Deployment, stages: list[StagePlan]) -> dict[str, Any]:
+    return {
+        "world_size": deployment.grid.world_size,
+        "weights": deployment.precision.weights,
+        "kv_dtype": deployment.precision.cache,
+        "budget_bytes": deployment.budget_bytes,
+        "kv_tokens": _cache_tokens(deployment, stages),
+        "stages": [
+            {
+                "ranks": [stage.ranks.start, stage.ranks.stop - 1],
+                "layers": [stage.layers.start, stage.layers.stop - 1],
+                "weight_bytes": stage.weight_bytes,
+                "activation_bytes": stage.activation_bytes,
+                "kv_bytes_per_token": stage.cache_bytes_per_token,
+            }
+            for stage in stages
+        ],
+    }
+
+
+def _print(deployment: Deployment, stages: list[StagePlan]) -> None:
+    degrees = ", ".join(f"{key} {value}" for key, value in vars(deployment.grid).items() if value > 1)
+    precision = deployment.precision
+    print(
+        f"{deployment.grid.world_size} ranks ({degrees or 'one process'}), {precision.weights}, cache {precision.cache}"
+    )
+    for stage in stages:
+        print(f"\neach of ranks {_span(stage.ranks)}: layers {_span(stage.layers)}")
+        for group, size in sorted(stage.weight_bytes.items(), key=lambda item: -item[1]):
+            print(f"  {group:<12} {size / GIB:9.3f} GiB")
+        print(f"  {'activations':<12} {stage.activation_bytes / GIB:9.3f} GiB, estimated")
+        print(
+            f"  {'together':<12} {stage.fixed_bytes / GIB:9.3f} GiB, and {stage.cache_bytes_per_token:,} bytes a token"
+        )
+    tokens = _cache_tokens(deployment, stages)
+    if tokens is None:
+        print("\nset engine.device_memory_gib to see how much cache fits")
+    else:
+        print(f"\ncache for {tokens:,} tokens in {deployment.budget_bytes or 0:,} bytes a device")
+
+
+def _span(numbers: range) -> str:
+    return f"{numbers.start} to {numbers.stop - 1}"
+
+
+def _check_fits(deployment: Deployment, stages: list[StagePlan], config: RunConfig) -> None:
+    """One sequence of full length is the least that a run must hold."""
+    if deployment.budget_bytes is None:
+        return
+    needed = max(stage.fixed_bytes + config.engine.max_seq_len * stage.cache_bytes_per_token for stage in stages)
+    if needed > deployment.budget_bytes:
+        missing = (needed - deployment.budget_bytes) / GIB
+        raise InputError(
+            f"{needed / GIB:.1f} GiB needed for one sequence of {config.engine.max_seq_len} tokens, "
+            f"{deployment.budget_bytes / GIB:.1f} GiB usable",
+            "each device",
+            f"{missing:.1f} GiB are missing: use more devices, a narrower dtype or a shorter engine.max_seq_len",
+        )

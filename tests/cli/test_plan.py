@@ -1,0 +1,39 @@
+"""``deepspan plan`` accepts every shipped deployment, and refuses what does not divide or does not fit."""
+
+import json
+
+import pytest
+
+DEPLOYMENTS = {"h200_8_fp8": 8, "h800_2x8_fp8": 16, "mi300x_8_fp8": 8, "a100_4x8_bf16": 32, "h20_8_int4": 8}
+
+
+@pytest.mark.parametrize(("name", "ranks"), DEPLOYMENTS.items())
+def test_shipped_deployments_fit(deepspan, name, ranks):
+    result = deepspan("plan", name, "--json")
+    found = json.loads(result.out)
+    assert result.code == 0 and found["world_size"] == ranks
+    assert found["kv_tokens"] > 32768
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["parallel.tp=3", "parallel.ep=1", "launch.procs_per_node=3"], "does not divide num_attention_heads"),
+        (["parallel.ep=3"], "ep 3 does not divide tp 8 x dp 1"),
+        (["parallel.tp=4", "parallel.ep=4"], "1 nodes of 8 processes for 4 ranks"),
+        (["parallel.tp=32", "parallel.ep=1", "launch.nodes=4"], "cut its scale blocks of 128"),
+        (["dtype=bf16"], "GiB are missing"),
+        (["engine.device_memory_gib=80"], "GiB are missing"),
+        (["engine.device_memory=80"], "did you mean engine.device_memory_gib?"),
+    ],
+)
+def test_mutated_deployments_are_refused(deepspan, changes, message):
+    options = [part for change in changes for part in ("--set", change)]
+    result = deepspan("plan", "h200_8_fp8", *options)
+    assert result.code == 2 and message in result.err.splitlines()[-1]
+
+
+def test_without_a_memory_size_it_says_what_to_set(deepspan):
+    result = deepspan("plan", "demo_reference")
+    assert result.code == 0
+    assert "one process" in result.out and "engine.device_memory_gib" in result.out
