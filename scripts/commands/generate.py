@@ -15,7 +15,9 @@ from ..runtime import Session, note, open_run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--prompt", dest="prompts", metavar="T", action="append", default=[], help="may be repeated")
+    parser.add_argument(
+        "--prompt", dest="prompts", metavar="T", action="append", default=[], help="text to answer; may be repeated"
+    )
     parser.add_argument(
         "--input-file",
         metavar="F",
