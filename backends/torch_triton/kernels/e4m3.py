@@ -18,11 +18,8 @@ def encode(x, FNUZ: tl.constexpr):
     # Below 2^-6 codes are multiples of 2^-9; adding 2^14 makes FP32 round to them.
     subnormal = (clipped.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.where(clipped < 0x3C800000, subnormal, normal)
-    if FNUZ:
-        code = tl.where(code == 0, 0, code | sign)
-        return tl.where(magnitude > 0x7F800000, 0x80, code).to(tl.uint8)
-    else:
-        return tl.where(magnitude > 0x7F800000, 0x7F, code | sign).to(tl.uint8)
+    signed = tl.where(code == 0, 0, code | sign) if FNUZ else code | sign
+    return tl.where(magnitude > 0x7F800000, 0x80 if FNUZ else 0x7F, signed).to(tl.uint8)
 
 
 @triton.jit
@@ -32,6 +29,7 @@ def decode(codes):
         bits = codes.to(tl.uint32)
         shifted = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
         value = shifted.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120: the exponents' biases differ
-        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
     else:
-        return codes.to(tl.float32)
+        value = codes.to(tl.float32)
+    return value

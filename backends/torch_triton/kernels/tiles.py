@@ -1,81 +1,107 @@
 """Products of FP8 weight tiles, as functions for kernels: one row on the vector units, several on the matrix units.
 
 Weights [N, K] have one scale per 128 x 128 block, activations one per row and 128 channels; partial blocks at the right
-and lower edges are legal. Weights are read exactly once and lie in the chip's FP8 type, or as e4m3fn bytes where the
-chip has no FP8 units. A tile's rows never cross a row of blocks.
+and lower edges are legal. Weights lie in the chip's FP8 type, or as e4m3fn bytes where it has no FP8 units, and each
+byte is read once. A tile's rows never cross a row of blocks; gate and up rows of a gated product are one tile, so that
+one pass over the activations serves both.
 
-Shape letters: N weight rows of a tile, M activation rows of a tile, B blocks of 128 channels, X 128 channels.
+Shape letters: A matrices side by side (1, or gate and up), N weight rows of a tile, M activation rows of a tile,
+B blocks of 128 channels, X 128 channels.
 """
 
 import triton
 import triton.language as tl
 
-from . import e4m3
+from . import e4m3, pdl
 
 
 @triton.jit
-def weight_tile(w_ptr, row_N, w_stride, first_block, K, BLOCKS: tl.constexpr, EVEN_K: tl.constexpr):
-    """Codes [N, B, X] of ``BLOCKS`` blocks from ``first_block``. ``row_N`` are valid rows, int64."""
-    k_BX = (first_block + tl.arange(0, BLOCKS))[:, None] * 128 + tl.arange(0, 128)[None, :]
-    ptrs_NBX = w_ptr + (row_N * w_stride)[:, None, None] + k_BX[None, :, :]
-    if EVEN_K:
-        return tl.load(ptrs_NBX, eviction_policy="evict_first")
-    else:
-        mask_NBX = (k_BX < K)[None, :, :] & (row_N >= 0)[:, None, None]
-        return tl.load(ptrs_NBX, mask=mask_NBX, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def scaled_row(
-    x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, first_block, K,
-    BLOCKS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """One row's values [B, X], FP32, times its own scales and those of the weights' row of blocks."""
+def _weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS: tl.constexpr, EVEN_K: tl.constexpr):
+    """Codes [A, N, B, X] of blocks from ``first_block``, zero from ``last_block`` on."""
     block_B = first_block + tl.arange(0, BLOCKS)
     k_BX = block_B[:, None] * 128 + tl.arange(0, 128)[None, :]
-    if EVEN_K:
-        x_BX = e4m3.decode(tl.load(x_ptr + k_BX))
-        scale_B = tl.load(scales_ptr + block_B)
-        if QUANTISED:
-            scale_B *= tl.load(x_scales_ptr + block_B * x_scales_stride)
-    else:
-        x_BX = e4m3.decode(tl.load(x_ptr + k_BX, mask=k_BX < K, other=0.0))
-        scale_B = tl.load(scales_ptr + block_B, mask=block_B * 128 < K, other=0.0)
-        if QUANTISED:
-            scale_B *= tl.load(x_scales_ptr + block_B * x_scales_stride, mask=block_B * 128 < K, other=0.0)
-    return x_BX * scale_B[:, None]
+    mask_BX = tl.broadcast_to((block_B < last_block)[:, None], k_BX.shape)
+    if not EVEN_K:
+        mask_BX &= k_BX < K
+    ptrs_ANBX = w_ptr + (row_AN * w_stride)[:, :, None, None] + k_BX[None, None, :, :]
+    return tl.load(ptrs_ANBX, mask=mask_BX[None, None, :, :], other=0.0)
 
 
 @triton.jit
-def multi_row_product(
+def _scaled_row(
+    x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row_A, scales_stride, first_block, last_block, K,
+    BLOCKS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One row's values, FP32, times its own scales and those of the weights: [A, B, X]."""
+    block_B = first_block + tl.arange(0, BLOCKS)
+    k_BX = block_B[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask_BX = tl.broadcast_to((block_B < last_block)[:, None], k_BX.shape)
+    if not EVEN_K:
+        mask_BX &= k_BX < K
+    x_BX = e4m3.decode(tl.load(x_ptr + k_BX, mask=mask_BX, other=0.0))
+    if QUANTISED:
+        x_scale_B = tl.load(x_scales_ptr + block_B * x_scales_stride, mask=block_B < last_block, other=0.0)
+        x_BX *= x_scale_B[:, None]
+    scale_ptrs_AB = scales_ptr + (scale_row_A * scales_stride)[:, None] + block_B[None, :]
+    scale_AB = tl.load(scale_ptrs_AB, mask=(block_B < last_block)[None, :], other=0.0)
+    return x_BX[None, :, :] * scale_AB[:, :, None]
+
+
+@triton.jit
+def one_row_product(
+    x_ptr, x_scales_ptr, x_scales_stride, w_ptr, row_AN, w_stride, scales_ptr, scale_row_A, scales_stride,
+    first_block, last_block, K, BLOCKS: tl.constexpr, STAGES: tl.constexpr, QUANTISED: tl.constexpr,
+    EVEN_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """W x over the blocks given, [A, N] FP32. The first weights are asked for before `pdl.wait`."""
+    acc_ANBX = tl.zeros((row_AN.shape[0], row_AN.shape[1], BLOCKS, 128), tl.float32)
+    if STAGES == 1:
+        w_ANBX = _weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS, EVEN_K)
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    for block in tl.range(first_block, last_block, BLOCKS, num_stages=STAGES):
+        if STAGES == 1:
+            next_ANBX = _weight_tile(w_ptr, row_AN, w_stride, block + BLOCKS, last_block, K, BLOCKS, EVEN_K)
+        else:
+            w_ANBX = _weight_tile(w_ptr, row_AN, w_stride, block, last_block, K, BLOCKS, EVEN_K)
+        x_ABX = _scaled_row(
+            x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row_A, scales_stride, block, last_block, K,
+            BLOCKS, QUANTISED, EVEN_K,
+        )  # fmt: skip
+        acc_ANBX += e4m3.decode(w_ANBX) * x_ABX[:, None, :, :]
+        if STAGES == 1:
+            w_ANBX = next_ANBX
+    return tl.sum(tl.sum(acc_ANBX, 3), 2)
+
+
+@triton.jit
+def rows_product(
     acc_NM, x_ptr, x_row_M, x_valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
-    w_ptr, row_N, w_stride, scales_ptr, first_block, last_block, K,
+    w_ptr, row_N, w_stride, scales_ptr, scale_row_N, scales_stride, first_block, last_block, K,
     QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``acc_NM`` plus W x^T over the blocks given. Each block's product is added to it in FP32."""
-    k_X = tl.arange(0, 128)
+    x = tl.arange(0, 128)
     for block in tl.range(first_block, last_block, num_stages=STAGES):
-        k = block * 128
-        x_mask_MX = x_valid_M[:, None] & (k + k_X < K)[None, :]
-        x_MX = tl.load(x_ptr + (x_row_M * x_stride)[:, None] + (k + k_X)[None, :], mask=x_mask_MX, other=0.0)
-        w_ptrs_NX = w_ptr + (row_N * w_stride)[:, None] + (k + k_X)[None, :]
+        k_X = block * 128 + x
+        x_ptrs_MX = x_ptr + (x_row_M * x_stride)[:, None] + k_X[None, :]
+        w_ptrs_NX = w_ptr + (row_N * w_stride)[:, None] + k_X[None, :]
         if EVEN_K:
+            x_MX = tl.load(x_ptrs_MX, mask=x_valid_M[:, None], other=0.0)
             w_NX = tl.load(w_ptrs_NX)
         else:
-            w_NX = tl.load(w_ptrs_NX, mask=(row_N >= 0)[:, None] & (k + k_X < K)[None, :], other=0.0)
-        scale = tl.load(scales_ptr + block)
+            x_MX = tl.load(x_ptrs_MX, mask=x_valid_M[:, None] & (k_X < K)[None, :], other=0.0)
+            w_NX = tl.load(w_ptrs_NX, mask=tl.broadcast_to((k_X < K)[None, :], w_ptrs_NX.shape), other=0.0)
+        scale_N = tl.load(scales_ptr + scale_row_N * scales_stride + block)
         if QUANTISED:
-            part_NM = tl.dot(w_NX, tl.trans(x_MX))
-            x_scale_M = tl.load(
-                x_scales_ptr + x_row_M * x_scales_row_stride + block * x_scales_stride, mask=x_valid_M, other=0.0
-            )
-            acc_NM += part_NM * (x_scale_M * scale)[None, :]
+            x_scale_ptrs_M = x_scales_ptr + x_row_M * x_scales_row_stride + block * x_scales_stride
+            x_scale_M = tl.load(x_scale_ptrs_M, mask=x_valid_M, other=0.0)
+            acc_NM += tl.dot(w_NX, tl.trans(x_MX)) * (scale_N[:, None] * x_scale_M[None, :])
         else:
-            part_NM = tl.dot(e4m3.decode(w_NX).to(tl.bfloat16), tl.trans(x_MX))
-            acc_NM += part_NM * scale
+            acc_NM += tl.dot(e4m3.decode(w_NX).to(tl.bfloat16), tl.trans(x_MX)) * scale_N[:, None]
     return acc_NM
 
 
 @triton.jit
-def silu(x):
-    return x / (1.0 + tl.exp(-x))
+def silu_product(gate, up):
+    return gate / (1.0 + tl.exp(-gate)) * up

@@ -1,0 +1,94 @@
+"""Activation quantisation and the fused norm, against their eager twins and the neutral definition. Tolerance: none,
+except where a mean over a row is summed in another order (1 BF16 ulp of the norm, so neighbouring codes)."""
+
+import numpy as np
+import pytest
+import torch
+
+from deepspan.backends.torch_triton.kernels import quant
+from deepspan.models.quantise import quantise_activation_fp8
+
+
+def activations(tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
+    """Rows of very different sizes, with a zero group and values below e4m3's normal range."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=generator) * torch.logspace(-4, 4, tokens)[:, None]
+    x[0, : min(128, channels)] = 0
+    x[-1, 1::3] *= 2.0**-9
+    return x
+
+
+def poisoned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a view whose surroundings are NaN: any read past the valid range shows."""
+    wide = torch.full((x.shape[0] + 2, *x.shape[1:-1], x.shape[-1] + 37), torch.nan, dtype=x.dtype)
+    wide[1:-1, ..., 5 : 5 + x.shape[-1]] = x
+    return wide[1:-1, ..., 5 : 5 + x.shape[-1]]
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    return x.contiguous().view(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("tokens, channels", [(1, 128), (3, 36), (5, 1408), (2, 7168)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_quantise_is_bit_equal_to_its_twin_and_to_the_definition(tokens, channels, dtype, ue8m0):
+    x = activations(tokens, channels).to(dtype)
+    got = quant.quantise(poisoned(x), ue8m0)
+    twin = quant.quantise_eager(x, ue8m0)
+    codes, scales = quantise_activation_fp8(x.float().numpy(), ue8m0=ue8m0)
+    for other_codes, other_scales in ((bits(twin.codes), twin.scales.numpy()), (codes, scales)):
+        np.testing.assert_array_equal(bits(got.codes), other_codes)
+        np.testing.assert_array_equal(got.scales.numpy(), other_scales)
+
+
+def test_every_rounding_boundary_of_e4m3():
+    """All codes, all midpoints and their FP32 neighbours, with scale 1 (absmax 448)."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    infinity = torch.tensor(torch.inf)
+    edges = torch.cat([codes, middles, torch.nextafter(middles, infinity), torch.nextafter(middles, -infinity)])
+    values = torch.cat([edges, -edges])
+    groups = torch.nn.functional.pad(values, (0, -len(values) % 127)).view(-1, 127)
+    x = torch.cat([groups, torch.full((len(groups), 1), 448.0)], 1)
+    got = quant.quantise(x)
+    assert (got.scales == 1).all()
+    np.testing.assert_array_equal(bits(got.codes), bits(x.to(torch.float8_e4m3fn)))
+
+
+def test_nan_stays_nan():
+    x = torch.randn(2, 256)
+    x[1, 7] = torch.nan
+    values = quant.dequantise(quant.quantise(x))
+    assert values[1, :128].isnan().any()
+    assert values[0].isfinite().all()
+    assert values[1, 128:].isfinite().all()
+
+
+@pytest.mark.parametrize("parts", [None, 1, 3])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("tokens, channels", [(1, 7168), (3, 36), (4, 576)])
+def test_add_norm_quantise_equals_its_twin(tokens, channels, parts, residual):
+    shape = (tokens, channels) if parts is None else (tokens, parts, channels)
+    generator = torch.Generator().manual_seed(3)
+    branch = torch.randn(shape, generator=generator).to(torch.float32 if parts == 3 else torch.bfloat16)
+    before = torch.randn(tokens, channels, generator=generator).bfloat16() if residual else None
+    weight = torch.rand(channels, generator=generator) + 0.5
+    got = quant.add_norm_quantise(
+        poisoned(branch), poisoned(before) if residual else None, weight, 1e-6, plain=True, quantise=True
+    )
+    twin = quant.add_norm_quantise_eager(branch, before, weight, 1e-6, plain=True, quantise=True)
+    assert (got.residual is None) == (twin.residual is None)
+    if twin.residual is not None:
+        ulps = (got.residual.view(torch.int16).int() - twin.residual.view(torch.int16).int()).abs()
+        assert ulps.max() <= (1 if parts == 3 else 0)
+    torch.testing.assert_close(got.plain, twin.plain, rtol=2**-7, atol=0 if parts != 3 else 1e-2)
+    own = quant.quantise_eager(got.plain)
+    np.testing.assert_array_equal(bits(got.quantised.codes), bits(own.codes))
+    np.testing.assert_array_equal(got.quantised.scales.numpy(), own.scales.numpy())
+
+
+def test_partial_outputs_are_left_out():
+    x, weight = torch.randn(2, 256).bfloat16(), torch.ones(256)
+    assert quant.add_norm_quantise(x, None, weight, 1e-6, plain=False)[:2] == (None, None)
+    assert quant.add_norm_quantise(x, None, weight, 1e-6, plain=True, quantise=False).quantised is None
