@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..models.errors import InputError
 from ..models.spec import nearest
+from .mindformers import is_mindformers, run_from_mindformers
 
 
 class Section(BaseModel):
@@ -110,8 +111,15 @@ class RunConfig(Section):
     server: Server = Server()
 
 
-def load_run(run: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> RunConfig:
+def load_run(
+    run: str,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> RunConfig:
     """Read RUN (a run YAML or a checkpoint directory) and apply ``key.path=value`` overrides.
+
+    A YAML of MindFormers is mapped onto this schema; ``note`` is told once which of its keys have no meaning here.
 
     ``flags`` maps key paths to values and is applied last: options of a command that stand for keys of the YAML.
     Relative paths in a YAML are relative to the YAML's folder. Raises InputError for anything that is not a valid run.
@@ -121,6 +129,9 @@ def load_run(run: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] |
         values: dict[str, Any] = {"model": {"path": run}}
     elif path.is_file():
         values = _read_yaml(path)
+        if is_mindformers(values):
+            values, unused = run_from_mindformers(values, run)
+            note(f"{run}: no meaning here: {', '.join(unused)}")
     else:
         raise InputError("no such run", run, "give a run YAML or a checkpoint directory")
     for override in overrides:
@@ -138,7 +149,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError("not a run configuration", str(path), "give a mapping with the keys model, backend, …")
     model = values.get("model")
-    if isinstance(model, dict):
+    if isinstance(model, dict) and not is_mindformers(values):
         for key in ("path", "tokenizer"):
             if isinstance(model.get(key), str):
                 model[key] = str(path.parent / Path(model[key]).expanduser())

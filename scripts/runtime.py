@@ -49,7 +49,7 @@ def read_run(run: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] |
             todo = "give a run YAML, a checkpoint directory, or a shipped run"
             raise InputError("no such run", run, f"{todo} ({', '.join(shipped_runs())})")
         run = str(resources.files("deepspan.configs") / "run" / f"{run}.yaml")
-    config = load_run(run, overrides, flags)
+    config = load_run(run, overrides, flags, note)
     if config.engine.speculative_tokens:
         raise InputError("speculation is not supported yet", "engine.speculative_tokens", "set it to 0")
     return config
