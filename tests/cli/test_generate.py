@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from deepspan import backends
+from deepspan.configs.schema import load_run
+from deepspan.scripts.runtime import shipped_runs
 from deepspan.serving.prompt import Tokenizer
 from tests.cli.conftest import DEMO, ROOT
 
@@ -24,6 +27,16 @@ def test_a_run_is_a_name_a_yaml_or_a_checkpoint_from_any_directory(deepspan, tmp
     monkeypatch.chdir(tmp_path)
     result = deepspan("generate", run, "--prompt", "12 + 30 =", "--set", "backend=reference", "--temperature", 0)
     assert (result.code, result.out, result.err) == (0, "42\n", "")
+
+
+@pytest.mark.parametrize("run", shipped_runs())
+def test_every_shipped_run_answers(deepspan, run):
+    path = ROOT / "configs" / "run" / f"{run}.yaml"
+    if missing := backends.missing_package(load_run(str(path)).backend):
+        pytest.skip(f"{missing} is not installed")
+    result = deepspan("generate", path, "--prompt", BEIJING, "--prompt", "12 + 30 =")
+    assert result.out.startswith(f"> {BEIJING}\n{BEIJING_ANSWER}")
+    assert result.out.endswith("> 12 + 30 =\n42\n\n")
 
 
 def test_a_run_yaml_finds_its_checkpoint_beside_itself(deepspan, checkpoint, tmp_path):

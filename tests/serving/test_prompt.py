@@ -186,6 +186,13 @@ def test_malformed_stop_tokens_are_refused():
         stop_token_ids({"eos_token_id": "two"}, {}, None)
 
 
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    """Bytes of a command line that are no UTF-8 arrive like this."""
+    for encode, text in ((tokenizer.encode_raw, "a\udcff"), (tokenizer.encode_chat, user("a\ud800"))):
+        with pytest.raises(InputError, match="character 2 is not valid Unicode"):
+            encode(text)
+
+
 def test_json_in_messages_survives(tokenizer):
     text = json.dumps({"a": "<｜User｜>"}, ensure_ascii=False)
     assert text in tokenizer._full.decode(tokenizer.encode_chat(user(text)), skip_special_tokens=False)
