@@ -14,6 +14,7 @@ from deepspan.backends.reference.runner import ReferenceRunner
 from deepspan.models.catalog import load_spec
 from deepspan.models.costs import decode_bytes, prefill_flops
 from deepspan.scripts import requirements
+from deepspan.scripts.commands import demo
 from deepspan.scripts.timing import Timer
 from tests.serving.toy import VOCAB, ToyRunner
 
@@ -39,6 +40,7 @@ def test_the_demo_fails_when_an_answer_is_wrong(deepspan, monkeypatch):
         return result
 
     monkeypatch.setattr(ReferenceRunner, "step", swapped)
+    monkeypatch.setattr(demo, "RUNS", {"reference": demo.RUNS["reference"]})
     result = deepspan("demo")
     assert result.code == 1
     assert "wrong or different answers: reference with FP8 weights" in result.err
