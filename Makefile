@@ -10,8 +10,9 @@ FOLDERS := backends configs convert models scripts serving
 demo: $(VENV)/.demo
 	$(BIN)/deepspan demo
 
+# One thread a worker: OpenMP threads that share a core spin while they wait for each other.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev links
 	$(BIN)/ruff check .
