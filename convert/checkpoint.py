@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from ..models.errors import InputError
 from .safetensors import Header, Reader, TensorInfo, name_fault
 from .strict_json import read_object, shorten
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Rule name -> suffix of tensors that are no parameters: buffers that the rope settings of config.json define.
@@ -39,11 +42,11 @@ class Checkpoint:
         )
 
     @classmethod
-    def open(cls, directory: Path | str) -> Checkpoint:
+    def open(cls, directory: Path | str, reader: Reader | None = None) -> Self:
         """Read and check the index (or, without one, take every safetensors file) and all headers.
 
         ``headers`` maps each file's name to its header; ``ignored`` maps tensors that are no parameters to the rule
-        that says so. Raises InputError.
+        that says so. ``reader`` reads the data; the checkpoint closes it. Raises InputError.
         """
         directory = Path(directory)
         files = _list(directory)
@@ -51,9 +54,9 @@ class Checkpoint:
         weight_map = None if index is None else _read_index(index)
         shards = sorted(set(weight_map.values())) if weight_map else [f for f in files if f.endswith(".safetensors")]
         _check_files(directory, files, shards, index)
-        reader = Reader()
+        reader = reader or Reader()
         try:
-            headers = {shard: reader.header(_shard_path(directory, shard)) for shard in shards}
+            headers = {shard: reader.header(path_inside(directory, shard)) for shard in shards}
             places = _places(headers)
             if index is not None and weight_map is not None:
                 _check_index(index, weight_map, places)
@@ -62,7 +65,7 @@ class Checkpoint:
             raise
         return cls(directory, MappingProxyType(headers), reader)
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,7 +143,7 @@ def _check_files(directory: Path, files: list[str], shards: list[str], index: Pa
         raise InputError(f"not in {index.name}: {listed(extra)}", where, "move them away, or correct the index")
 
 
-def _shard_path(directory: Path, name: str) -> Path:
+def path_inside(directory: Path, name: str) -> Path:
     """The file itself, or where its link leads, which must be inside the directory.
 
     The Hugging Face cache is the one exception: there ``snapshots/REVISION/NAME`` links to ``../../blobs/HASH``.

@@ -16,10 +16,10 @@ from .quant_config import QuantConfig
 from .safetensors import TensorInfo
 
 PLAIN = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
-_FP8 = {"F8_E4M3": "fp8_block", "F8_E4M3FNUZ": "fp8_block_fnuz"}
+FP8_FORMATS = {"F8_E4M3": "fp8_block", "F8_E4M3FNUZ": "fp8_block_fnuz"}
 _SCALE = ("F32", "BF16", "F16")
 _ONE = (1,), ()
-_BLOCK_SCALES = ("weight_scale_inv", "scale", "weight_scale")  # DeepSeek V3's name, V4's and compressed-tensors'
+BLOCK_SCALES = ("weight_scale_inv", "scale", "weight_scale")  # DeepSeek V3's name, V4's and compressed-tensors'
 _WORDS = ("I32",)
 _MAINS = ("weight", "qweight", "weight_packed")
 
@@ -102,11 +102,11 @@ def _plain(param: Param, info: TensorInfo) -> Stored:
 def _weight(module: _Module, config: QuantConfig) -> Stored:
     """A tensor named weight: plain, FP8 or INT8 by its dtype."""
     param, weight = module.param, module["weight"]
-    if weight.dtype not in ("I8", *_FP8):
+    if weight.dtype not in ("I8", *FP8_FORMATS):
         return _plain(param, weight)
     _check(weight, (weight.dtype,), (param.shape,), "")
-    if weight.dtype in _FP8:
-        return _blocks(module, _FP8[weight.dtype], config)
+    if weight.dtype in FP8_FORMATS:
+        return _blocks(module, FP8_FORMATS[weight.dtype], config)
     if "weight_scale_inv" in module:
         return _blocks(module, "int8_block", config)
     return _channels(module)
@@ -136,7 +136,7 @@ def _channels(module: _Module) -> Stored:
 
 
 def _blocks(module: _Module, name: str, config: QuantConfig) -> Stored:
-    part = next((part for part in _BLOCK_SCALES if part in module), _BLOCK_SCALES[0])
+    part = next((part for part in BLOCK_SCALES if part in module), BLOCK_SCALES[0])
     block = config.block
     because = f", which blocks of {block[0]} x {block[1]} ({config.where}: weight_block_size) need"
     scale = module.take(part, (*_SCALE, "F8_E8M0"), block_grid(module.param.shape, block), because=because)

@@ -1,0 +1,151 @@
+"""The hot loops of conversions, compiled by numba (the ``speed`` extra). `models.quant` defines what they compute.
+
+FP8 to BF16. An E4M3 code is sign, exponent e, mantissa m. Its product with a block's scale, rounded to BF16, has only
+eight mantissas a block: bits(e, m) = bits(0, m) + (e << 7), because adding one to a BF16's exponent doubles it. Eight
+more entries are the subnormal codes (e = 0), and sixteen more their negatives: 32 entries of 16 bits, which is exactly
+what one AVX-512 permutation looks up for 32 codes at a time. Other processors multiply: the code's bits moved to an
+FP32's place are its value times 2 ** -120.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from ..models.dtypes import Bits8, Bits16, Float32, f32_to_bf16
+from ..models.quant import dequant_fp8_blocks
+
+HAS_PERMUTATION = bool(llvm.get_host_cpu_features().get("avx512bw"))
+_LANES = 32
+# Scales for which no product overflows, no normal code's product is a BF16 denormal, and scale * 2 ** 120 is finite.
+_SCALES = np.float32(2.0**-100), np.float32(2.0**6)
+_MANTISSAS = np.concatenate([(1 + np.arange(8) / 8) * 2.0**-7, np.arange(8) / 8 * 2.0**-6]).astype(np.float32)
+
+
+def fp8_to_bf16(
+    codes_NK: Bits8,
+    scales_RC: Float32,
+    block: tuple[int, int],
+    origin: tuple[int, int],
+    permute: bool = HAS_PERMUTATION,
+) -> Bits16:
+    """`dequant_fp8_blocks` to "bf16", with the same arguments; ``permute`` chooses the AVX-512 form."""
+    usual = bool(((scales_RC >= _SCALES[0]) & (scales_RC <= _SCALES[1])).all())
+    if usual and codes_NK.flags.c_contiguous:
+        out_NK = np.empty(codes_NK.shape, np.uint16)
+        first = origin[0] // block[0] * block[0], origin[1] // block[1] * block[1]
+        inside = origin[0] - first[0], origin[1] - first[1]
+        has_nan = (
+            _look_up(codes_NK, _tables(scales_RC), block, inside, out_NK)
+            if permute
+            else _multiply(codes_NK, scales_RC * np.float32(2.0**120), block, inside, out_NK)
+        )
+        if not has_nan:
+            return out_NK
+    return dequant_fp8_blocks(codes_NK, scales_RC, "bf16", block, origin)
+
+
+def _tables(scales_RC: Float32) -> NDArray[np.uint16]:
+    """[R, C, 32]: BF16 of scale times mantissa m at exponent 0, subnormals, and the negatives of both."""
+    positive = f32_to_bf16(scales_RC[:, :, None] * _MANTISSAS)
+    return np.concatenate([positive, positive | np.uint16(0x8000)], axis=-1)
+
+
+_BYTES = ir.VectorType(ir.IntType(8), _LANES)
+_WORDS = ir.VectorType(ir.IntType(16), _LANES)
+
+
+@intrinsic
+def _look_up_lanes(typing_context, codes, start, table, out):  # type: ignore[no-untyped-def]
+    """``out[start : start + 32]`` of ``codes`` there and a table of 32: vpermw, which numba does not expose."""
+    signature = types.void(codes, types.intp, table, out)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def pointer(argument, offset, vector):  # type: ignore[no-untyped-def]
+            array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+            return builder.bitcast(builder.gep(array.data, [offset]), vector.as_pointer())
+
+        def constant(value):  # type: ignore[no-untyped-def]
+            return ir.Constant(_WORDS, [value] * _LANES)
+
+        code = builder.zext(builder.load(pointer(0, arguments[1], _BYTES), align=1), _WORDS)
+        exponent = builder.shl(builder.and_(code, constant(0x78)), constant(4))
+        is_subnormal = builder.icmp_unsigned("==", exponent, constant(0))
+        index = builder.and_(code, constant(7))
+        index = builder.or_(index, builder.select(is_subnormal, constant(8), constant(0)))
+        index = builder.or_(index, builder.lshr(builder.and_(code, constant(0x80)), constant(3)))
+        function = ir.FunctionType(_WORDS, [_WORDS, _WORDS])
+        permute = cgutils.get_or_insert_function(builder.module, function, "llvm.x86.avx512.permvar.hi.512")
+        table_lanes = builder.load(pointer(2, ir.Constant(ir.IntType(64), 0), _WORDS), align=2)
+        result = builder.add(builder.call(permute, [table_lanes, index]), exponent)
+        builder.store(result, pointer(3, arguments[1], _WORDS), align=2)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _look_up(codes, tables, block, inside, out):  # type: ignore[no-untyped-def]
+    rows, columns = codes.shape
+    worst = np.uint8(0)
+    for row in range(rows):
+        codes_K, out_K = codes[row], out[row]
+        worst = max(worst, _largest_magnitude(codes_K))
+        tables_C = tables[(inside[0] + row) // block[0]]
+        column = 0
+        for c in range(tables_C.shape[0]):
+            table = tables_C[c]
+            end = min((c + 1) * block[1] - inside[1], columns)
+            while column + 32 <= end:
+                _look_up_lanes(codes_K, column, table, out_K)
+                column += 32
+            while column < end:
+                code = np.uint32(codes_K[column])
+                exponent = code & np.uint32(0x78)
+                index = (code & np.uint32(7)) | ((code & np.uint32(0x80)) >> np.uint32(3))
+                if exponent == 0:
+                    index |= np.uint32(8)
+                out_K[column] = np.uint16(table[index] + (exponent << np.uint32(4)))
+                column += 1
+    return worst == 0x7F
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _multiply(codes, scales, block, inside, out):  # type: ignore[no-untyped-def]
+    rows, columns = codes.shape
+    width = block[1]
+    bits, values = np.empty(width, np.uint32), np.empty(width, np.float32)
+    products = values.view(np.uint32)
+    floats = bits.view(np.float32)
+    worst = np.uint8(0)
+    for row in range(rows):
+        worst = max(worst, _largest_magnitude(codes[row]))
+        scales_C = scales[(inside[0] + row) // block[0]]
+        column = 0
+        for c in range(scales_C.shape[0]):
+            end = min((c + 1) * width - inside[1], columns)
+            codes_K, out_K = codes[row, column:end], out[row, column:end]
+            for i in range(end - column):
+                code = np.uint32(codes_K[i])
+                bits[i] = ((code & np.uint32(0x7F)) << np.uint32(20)) | ((code & np.uint32(0x80)) << np.uint32(24))
+            scale = scales_C[c]
+            for i in range(end - column):
+                values[i] = floats[i] * scale
+            for i in range(end - column):
+                odd = (products[i] >> np.uint32(16)) & np.uint32(1)
+                out_K[i] = np.uint16((products[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            column = end
+    return worst == 0x7F
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _largest_magnitude(codes_K):  # type: ignore[no-untyped-def]
+    worst = np.uint8(0)
+    for i in range(codes_K.shape[0]):
+        worst = max(worst, codes_K[i] & np.uint8(0x7F))
+    return worst

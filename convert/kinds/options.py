@@ -1,0 +1,37 @@
+"""What a user can choose about a conversion, and the kinds that it is a choice for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+COMMON = ("drop_mtp", "allow")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every choice that decides bytes; a field at its default was not chosen.
+
+    ``ranks`` is the number of tensor-parallel files, ``dtype`` the precision of plain weights, ``config`` a config.json
+    for a source that has none, ``shard_bytes`` the size limit of output files.
+    """
+
+    drop_mtp: bool = False
+    allow: tuple[str, ...] = ()
+    shard_bytes: int | None = None
+    layout: str | None = None
+    qkv_concat: bool = False
+    ffn_concat: bool = False
+    mtp_names: bool = False
+    ranks: int | None = None
+    dtype: str | None = None
+    config: Path | None = None
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as JSON values; ``config`` left out: its content counts."""
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default and field.name != "config"
+        }
