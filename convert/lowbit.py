@@ -1,0 +1,118 @@
+"""Quantised modules as outputs of a plan: one reading of the BF16 weight makes the codes and everything beside them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models.errors import InputError
+from .plan import PIECE_BYTES, Output
+from .schemes import Scheme, Static
+
+_UNIT = 128  # rows: of FP8's blocks, and few enough for INT8's
+
+
+class QuantisedModule:
+    """One linear module, or a stack of swapped experts, made from ``read(start, stop)``: rows of BF16 patterns.
+
+    A stack is [experts, in, out] as MindSpore stores it, read and made expert by expert; anything else is [out, in].
+    The scales are by-products of the codes: they are kept from when the codes are made until they are asked for, and
+    made again from the weight when they are asked for first.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        shape: tuple[int, ...],
+        sources: tuple[str, ...],
+        read: Callable[[int, int], NDArray[np.uint16]],
+        scheme: Scheme,
+        static: Static = None,
+    ):
+        self._prefix, self._shape, self._sources, self._read = prefix, shape, sources, read
+        self._is_stack = len(shape) == 3
+        self._scheme, self._static = scheme, static
+        matrix = (shape[2], shape[1]) if self._is_stack else shape
+        self._parts = scheme.parts(matrix, static)
+        self._codes = next(iter(self._parts))
+        self._kept: dict[int, dict[str, NDArray]] = {}  # first row -> by-products of a run of rows
+        self._wanted = set(self._parts) - {self._codes}
+        self._lock = threading.Lock()
+
+    def outputs(self) -> list[Output]:
+        """The module's tensors, the codes first."""
+        return [self._codes_output(), *(self._beside(part) for part in self._parts if part != self._codes)]
+
+    def _codes_output(self) -> Output:
+        part = self._parts[self._codes]
+        unit = 1 if self._is_stack else _UNIT
+        # In FP32 and BF16 a strip at a time; what is held whole is the BF16 weight and the FP8 that it is read from.
+        work = 3 * max(PIECE_BYTES, unit * prod(self._shape[1:]))
+        name = self._prefix + self._codes
+        return Output(name, part.dtype, self._shape, self._sources, self._make_codes, self._shape[0], unit, work)
+
+    def _beside(self, name: str) -> Output:
+        part = self._parts[name]
+        shape = (self._shape[0], *part.shape) if self._is_stack else part.shape
+
+        def make(start: int, stop: int) -> NDArray:
+            made = self._take(name)
+            assert made.shape == shape and (start, stop) == (0, shape[0]), f"{name} of {self._prefix} is {made.shape}"
+            return made
+
+        return Output(self._prefix + name, part.dtype, shape, self._sources, make, shape[0], shape[0], after=True)
+
+    def _make_codes(self, start: int, stop: int) -> NDArray:
+        made = self._quantise(start, stop)
+        codes = made.pop(self._codes)
+        with self._lock:
+            if self._wanted:
+                self._kept[start] = made
+        return codes
+
+    def _quantise(self, start: int, stop: int) -> dict[str, NDArray]:
+        weight = self._read(start, stop)
+        if not self._is_stack:
+            return self._make(weight)
+        made = [self._make(np.ascontiguousarray(expert.T)) for expert in weight]
+        stacked = {name: np.stack([parts[name] for parts in made]) for name in made[0] if name != self._codes}
+        return {self._codes: np.stack([parts[self._codes].T for parts in made]), **stacked}
+
+    def _make(self, weight_NK: NDArray[np.uint16]) -> dict[str, NDArray]:
+        """The parts of [out, in] rows. A weight that is not finite shows in its scales."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            made = self._scheme.make(weight_NK, self._static)
+        for name, array in made.items():
+            bad = (array & 0x7F80) == 0x7F80 if array.dtype == np.uint16 else ~np.isfinite(array)
+            if name != self._codes and bad.any():
+                todo = "repair the source, or name the module in --ignore"
+                raise InputError("weights are not finite numbers", " and ".join(self._sources[:1]), todo)
+        return made
+
+    def _take(self, name: str) -> NDArray:
+        runs = self._runs()
+        with self._lock:
+            self._wanted.discard(name)
+            if not self._wanted:
+                self._kept = {}
+        if self._parts[name].per == 0 and not self._is_stack:
+            return runs[0][name]
+        return np.concatenate([runs[start][name] for start in sorted(runs)])
+
+    def _runs(self) -> dict[int, dict[str, NDArray]]:
+        """By-products of all rows: kept ones, or made again."""
+        with self._lock:
+            kept = dict(self._kept)
+        for start, stop in self._codes_output().pieces():
+            if start not in kept:
+                made = self._quantise(start, stop)
+                del made[self._codes]
+                kept[start] = made
+        with self._lock:
+            if self._wanted:
+                self._kept = kept
+        return kept
