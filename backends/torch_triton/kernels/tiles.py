@@ -6,7 +6,7 @@ byte is read once. A tile's rows never cross a row of blocks; gate and up rows o
 one pass over the activations serves both.
 
 Shape letters: A matrices side by side (1, or gate and up), N weight rows of a tile, M activation rows of a tile,
-B blocks of 128 channels, X 128 channels.
+X 128 channels, G groups of 16 channels (one thread's load), Y 16 channels.
 """
 
 import triton
@@ -16,35 +16,36 @@ from . import e4m3, pdl
 
 
 @triton.jit
-def _weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS: tl.constexpr, EVEN_K: tl.constexpr):
-    """Codes [A, N, B, X] of blocks from ``first_block``, zero from ``last_block`` on."""
-    block_B = first_block + tl.arange(0, BLOCKS)
-    k_BX = block_B[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask_BX = tl.broadcast_to((block_B < last_block)[:, None], k_BX.shape)
+def weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS: tl.constexpr, EVEN_K: tl.constexpr):
+    """Codes [A, N, G, Y] of blocks from ``first_block``, zero from ``last_block`` on."""
+    group_G = first_block * 8 + tl.arange(0, BLOCKS * 8)
+    k_GY = group_G[:, None] * 16 + tl.arange(0, 16)[None, :]
+    mask_GY = tl.broadcast_to((group_G < last_block * 8)[:, None], k_GY.shape)
     if not EVEN_K:
-        mask_BX &= k_BX < K
-    ptrs_ANBX = w_ptr + (row_AN * w_stride)[:, :, None, None] + k_BX[None, None, :, :]
-    return tl.load(ptrs_ANBX, mask=mask_BX[None, None, :, :], other=0.0)
+        mask_GY &= k_GY < K
+    ptrs_ANGY = w_ptr + (row_AN * w_stride)[:, :, None, None] + k_GY[None, None, :, :]
+    return tl.load(ptrs_ANGY, mask=mask_GY[None, None, :, :], other=0.0)
 
 
 @triton.jit
-def _scaled_row(
+def scaled_row(
     x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row_A, scales_stride, first_block, last_block, K,
     BLOCKS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """One row's values, FP32, times its own scales and those of the weights: [A, B, X]."""
-    block_B = first_block + tl.arange(0, BLOCKS)
-    k_BX = block_B[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask_BX = tl.broadcast_to((block_B < last_block)[:, None], k_BX.shape)
+    """One row's values, FP32, times its own scales and those of the weights: [A, G, Y]."""
+    group_G = first_block * 8 + tl.arange(0, BLOCKS * 8)
+    k_GY = group_G[:, None] * 16 + tl.arange(0, 16)[None, :]
+    inside_G = group_G < last_block * 8
+    mask_GY = tl.broadcast_to(inside_G[:, None], k_GY.shape)
     if not EVEN_K:
-        mask_BX &= k_BX < K
-    x_BX = e4m3.decode(tl.load(x_ptr + k_BX, mask=mask_BX, other=0.0))
+        mask_GY &= k_GY < K
+    x_GY = e4m3.decode(tl.load(x_ptr + k_GY, mask=mask_GY, other=0.0))
+    scale_ptrs_AG = scales_ptr + (scale_row_A * scales_stride)[:, None] + (group_G // 8)[None, :]
+    scale_AG = tl.load(scale_ptrs_AG, mask=inside_G[None, :], other=0.0)
     if QUANTISED:
-        x_scale_B = tl.load(x_scales_ptr + block_B * x_scales_stride, mask=block_B < last_block, other=0.0)
-        x_BX *= x_scale_B[:, None]
-    scale_ptrs_AB = scales_ptr + (scale_row_A * scales_stride)[:, None] + block_B[None, :]
-    scale_AB = tl.load(scale_ptrs_AB, mask=(block_B < last_block)[None, :], other=0.0)
-    return x_BX[None, :, :] * scale_AB[:, :, None]
+        x_scale_G = tl.load(x_scales_ptr + group_G // 8 * x_scales_stride, mask=inside_G, other=0.0)
+        scale_AG *= x_scale_G[None, :]
+    return x_GY[None, :, :] * scale_AG[:, :, None]
 
 
 @triton.jit
@@ -54,24 +55,24 @@ def one_row_product(
     EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """W x over the blocks given, [A, N] FP32. The first weights are asked for before `pdl.wait`."""
-    acc_ANBX = tl.zeros((row_AN.shape[0], row_AN.shape[1], BLOCKS, 128), tl.float32)
+    acc_ANG = tl.zeros((row_AN.shape[0], row_AN.shape[1], BLOCKS * 8), tl.float32)
     if STAGES == 1:
-        w_ANBX = _weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS, EVEN_K)
+        w_ANGY = weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS, EVEN_K)
     pdl.wait(PDL)
     pdl.release(PDL)
     for block in tl.range(first_block, last_block, BLOCKS, num_stages=STAGES):
         if STAGES == 1:
-            next_ANBX = _weight_tile(w_ptr, row_AN, w_stride, block + BLOCKS, last_block, K, BLOCKS, EVEN_K)
+            next_ANGY = weight_tile(w_ptr, row_AN, w_stride, block + BLOCKS, last_block, K, BLOCKS, EVEN_K)
         else:
-            w_ANBX = _weight_tile(w_ptr, row_AN, w_stride, block, last_block, K, BLOCKS, EVEN_K)
-        x_ABX = _scaled_row(
+            w_ANGY = weight_tile(w_ptr, row_AN, w_stride, block, last_block, K, BLOCKS, EVEN_K)
+        x_AGY = scaled_row(
             x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row_A, scales_stride, block, last_block, K,
             BLOCKS, QUANTISED, EVEN_K,
         )  # fmt: skip
-        acc_ANBX += e4m3.decode(w_ANBX) * x_ABX[:, None, :, :]
+        acc_ANG += tl.sum(e4m3.decode(w_ANGY) * x_AGY[:, None, :, :], 3)  # 16 products of one thread
         if STAGES == 1:
-            w_ANBX = next_ANBX
-    return tl.sum(tl.sum(acc_ANBX, 3), 2)
+            w_ANGY = next_ANGY
+    return tl.sum(acc_ANG, 2)
 
 
 @triton.jit
