@@ -53,7 +53,7 @@ def take_inventory(tensors: Mapping[str, TensorInfo], spec: ModelSpec, config: Q
     shared = {
         name: main
         for name, param in params.items()
-        if name not in known and (main := _main_table(param, spec)) is not None
+        if name not in known and (main := main_table(param, spec)) is not None
     }
     missing = [name for name in params if name not in known and name not in shared]
     used = {info.name for found in stored.values() for info in found.tensors.values()}
@@ -74,7 +74,7 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _main_table(param: Param, spec: ModelSpec) -> str | None:
+def main_table(param: Param, spec: ModelSpec) -> str | None:
     """The main model's table that an MTP layer's embedding or head is a copy of."""
     if param.layer not in spec.mtp_layers():
         return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from numpy.typing import NDArray
+
 from ...models.errors import InputError
 from ..allowances import Allowances
 from ..plan import Output, Plan, ShardPlan, plan_shard
@@ -59,11 +61,11 @@ def _output(source: HuggingFaceSource, stored: Stored) -> Output:
     return Output(name, weight.dtype, weight.shape, (weight.name,), partial(_copied, source, name), weight.shape[0])
 
 
-def _dequantised(source: HuggingFaceSource, name: str, start: int, stop: int):  # type: ignore[no-untyped-def]
+def _dequantised(source: HuggingFaceSource, name: str, start: int, stop: int) -> NDArray:
     return source.weights.read(name, "bf16", (start, stop))
 
 
-def _copied(source: HuggingFaceSource, name: str, start: int, stop: int):  # type: ignore[no-untyped-def]
+def _copied(source: HuggingFaceSource, name: str, start: int, stop: int) -> NDArray:
     return source.checkpoint.read(name, (start, stop))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..allowances import Allowances, AllowedCheckpoint
 from ..fast_weights import FastWeights
 from ..meter import Meter, MeteredReader
 from ..plan import SourceFiles
+from ..safetensors import TensorInfo
 from ..storage import Stored
 from ..strict_json import read_object
 from ..weights import quant_config
@@ -76,11 +77,10 @@ def source_config(directory: Path, options: Options) -> tuple[dict[str, Any], Pa
     return read_object(path), path
 
 
-def check_rounding(params: Mapping[str, Param], stored: Mapping[str, Stored], allows: Allowances) -> None:
-    """Refuse to narrow a tensor that is stored wider than the model's dtype, unless that was allowed."""
-    for name, found in stored.items():
-        if found.format in ("f32", "f16") and params[name].dtype == "BF16":
-            info = found.tensors["weight"]
-            if not allows("round", info.name):
-                todo = f"give --allow 'round={info.name}' to round it to BF16"
-                raise InputError(f"{info.name} is {info.dtype}, and BF16 in this model", str(info.path), todo)
+def check_rounding(stored: Mapping[str, TensorInfo], narrowed: Iterable[str], allows: Allowances) -> None:
+    """Refuse to narrow plain tensors to BF16 that are stored wider, unless that was allowed."""
+    for name in narrowed:
+        info = stored.get(name)
+        if info is not None and info.dtype in ("F32", "F16") and not allows("round", info.name):
+            todo = f"give --allow 'round={info.name}' to round it to BF16"
+            raise InputError(f"{info.name} is {info.dtype}, and BF16 in this model", str(info.path), todo)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from ..params import parameters
 from ..spec import ModelSpec
 from .deepseek_demo import demo_tensor
 from .mindspore import InferOptions, inference_targets, training_targets
+from .placement import TargetTensor
 
 LAYOUTS = ("huggingface", "deepseek_demo", "mindspore_infer", "mindspore_train", "mindspore_train_grouped")
 _DEMO_FILE = re.compile(r"model\d+-mp(\d+)\.safetensors")
@@ -42,14 +43,19 @@ def _names(layout: str, spec: ModelSpec, mtp: bool, files: Collection[str], name
     if layout == "deepseek_demo":
         ranks = next(int(found[1]) for file in files if (found := _DEMO_FILE.fullmatch(file)))
         return {demo_tensor(spec, param.name, ranks).name for param in parameters(spec, mtp)}
+    return {target.name for target in mindspore_targets(layout, spec, mtp, names)}
+
+
+def mindspore_targets(layout: str, spec: ModelSpec, mtp: bool, names: Collection[str]) -> Iterator[TargetTensor]:
+    """The map of a MindSpore layout, in the variant that the tensors' ``names`` show."""
     if layout == "mindspore_infer":
         options = InferOptions(
             qkv_concat=_any_contains(names, ".attention.qkv2l."),
             ffn_concat=_any_contains(names, ".w_gate_hidden."),
             mtp_names=any(name.startswith("mtp_model.") for name in names),
         )
-        return {target.name for target in inference_targets(spec, mtp, options)}
-    return {target.name for target in training_targets(spec, mtp, grouped=layout == "mindspore_train_grouped")}
+        return inference_targets(spec, mtp, options)
+    return training_targets(spec, mtp, grouped=layout == "mindspore_train_grouped")
 
 
 def _any_contains(names: Collection[str], part: str) -> bool:
