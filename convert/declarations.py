@@ -35,7 +35,7 @@ def fp8_config(plain: Collection[str]) -> dict[str, Any]:
 
 
 def compressed_tensors_config(plain: Collection[str], static: Mapping[str, InputScale]) -> dict[str, Any]:
-    """int-quantized W8A8: ``plain`` linear modules are not quantised, ``static`` ones have input scales."""
+    """int-quantized W8A8: ``plain`` modules have a matrix and are not quantised, ``static`` ones have input scales."""
     dynamic = _ct_args("token", symmetric=True, dynamic=True)
     groups = {"group_0": _ct_group(["Linear"], dynamic)}
     for symmetric in (True, False):

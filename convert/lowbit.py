@@ -20,8 +20,9 @@ class QuantisedModule:
     """One linear module, or a stack of swapped experts, made from ``read(start, stop)``: rows of BF16 patterns.
 
     A stack is [experts, in, out] as MindSpore stores it, read and made expert by expert; anything else is [out, in].
-    The scales are by-products of the codes: they are kept from when the codes are made until they are asked for, and
-    made again from the weight when they are asked for first.
+    ``unit`` is the number of rows below which reading is wasteful, ``work_bytes`` what reading takes beside them. The
+    scales are by-products of the codes: they are kept from when the codes are made until they are asked for, and made
+    again from the weight when they are asked for first.
     """
 
     def __init__(
@@ -32,9 +33,13 @@ class QuantisedModule:
         read: Callable[[int, int], NDArray[np.uint16]],
         scheme: Scheme,
         static: Static = None,
+        unit: int = _UNIT,
+        work_bytes: int = 0,
     ):
         self._prefix, self._shape, self._sources, self._read = prefix, shape, sources, read
         self._is_stack = len(shape) == 3
+        self._unit = 1 if self._is_stack else -(-unit // _UNIT) * _UNIT
+        self._work_bytes = work_bytes
         self._scheme, self._static = scheme, static
         matrix = (shape[2], shape[1]) if self._is_stack else shape
         self._parts = scheme.parts(matrix, static)
@@ -49,11 +54,10 @@ class QuantisedModule:
 
     def _codes_output(self) -> Output:
         part = self._parts[self._codes]
-        unit = 1 if self._is_stack else _UNIT
-        # In FP32 and BF16 a strip at a time; what is held whole is the BF16 weight and the FP8 that it is read from.
-        work = 3 * max(PIECE_BYTES, unit * prod(self._shape[1:]))
+        # Beside the codes and what reading takes, the weight as BF16; FP32 is there a strip at a time only.
+        work = self._work_bytes + 2 * max(PIECE_BYTES, self._unit * prod(self._shape[1:]))
         name = self._prefix + self._codes
-        return Output(name, part.dtype, self._shape, self._sources, self._make_codes, self._shape[0], unit, work)
+        return Output(name, part.dtype, self._shape, self._sources, self._make_codes, self._shape[0], self._unit, work)
 
     def _beside(self, name: str) -> Output:
         part = self._parts[name]

@@ -102,8 +102,8 @@ def plan_shard(name: str, outputs: Iterable[Output], metadata: Mapping[str, str]
     return ShardPlan(name, tuple(ordered), header, offsets)
 
 
-def numbered_shards(outputs: Iterable[Output], shard_bytes: int) -> dict[str, list[Output]]:
-    """Outputs in their order, filled into ``model-i-of-n.safetensors`` of at most ``shard_bytes`` (or one tensor)."""
+def numbered_shards(outputs: Iterable[Output], shard_bytes: int, stem: str = "model") -> dict[str, list[Output]]:
+    """Outputs in their order, filled into ``STEM-i-of-n.safetensors`` of at most ``shard_bytes`` (or one tensor)."""
     shards: list[list[Output]] = []
     room = 0
     for output in outputs:
@@ -113,8 +113,8 @@ def numbered_shards(outputs: Iterable[Output], shard_bytes: int) -> dict[str, li
         shards[-1].append(output)
         room -= output.nbytes
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ class Options:
     """Every choice that decides bytes; a field at its default was not chosen.
 
     ``ranks`` is the number of tensor-parallel files, ``dtype`` the precision of plain weights, ``config`` a config.json
-    for a source that has none, ``shard_bytes`` the size limit of output files.
+    for a source that has none, ``shard_bytes`` the size limit of output files. ``format`` is what `quantize` writes,
+    ``ignore`` names or patterns of modules that it leaves alone, ``calibration`` a file of input scales.
     """
 
     drop_mtp: bool = False
@@ -27,11 +28,14 @@ class Options:
     ranks: int | None = None
     dtype: str | None = None
     config: Path | None = None
+    format: str | None = None
+    ignore: tuple[str, ...] = ()
+    calibration: Path | None = None
 
     def chosen(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as JSON values; ``config`` left out: its content counts."""
+        """The fields that differ from their defaults, as JSON values; files left out: their content counts."""
         return {
             field.name: list(value) if isinstance(value, tuple) else value
             for field in fields(self)
-            if (value := getattr(self, field.name)) != field.default and field.name != "config"
+            if (value := getattr(self, field.name)) != field.default and not isinstance(value, Path)
         }

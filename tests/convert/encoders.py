@@ -280,6 +280,28 @@ def _encoder(param: Param, form: Format) -> Encoder:
     return plain(torch.float32 if param.dtype == "F32" else torch.bfloat16)
 
 
+def hf_config(spec: ModelSpec) -> dict:
+    """config.json of a spec of the V3 family with YaRN."""
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+        "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace", "moe_layer_freq",
+        "n_group", "topk_group", "topk_method", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
+        "num_nextn_predict_layers", "max_position_embeddings", "rope_theta", "rms_norm_eps", "bos_token_id",
+    )  # fmt: skip
+    yarn = spec.yarn
+    assert yarn is not None
+    rope = {key: getattr(yarn, key) for key in ("factor", "original_max_position_embeddings", "mscale_all_dim")}
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": "bfloat16",
+        **{key: getattr(spec, key) for key in same},
+        "rope_scaling": {"type": "yarn", **rope},
+        "eos_token_id": list(spec.eos_token_ids),
+    }
+
+
 def write(directory: Path, tensors: dict[str, torch.Tensor], quantization_config: dict | None = None) -> Path:
     """Two shards, dealt tensor by tensor: many scales are in another file than their weight."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -290,7 +312,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], quantization_config
     weight_map = {name: shard for shard, members in shards.items() for name in members}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"model_type": "deepseek_v3"}
+    config = hf_config(SPEC)
     if quantization_config:
         config["quantization_config"] = quantization_config
     (directory / "config.json").write_text(json.dumps(config))
