@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ... import backends
 from ...backends.base import FloatArray
+from ...convert.executor import run_plan
+from ...convert.kinds import fp8_to_bf16
+from ...convert.kinds.options import Options
 from ...models.errors import DeepspanError
 from ...models.everyday import EVERYDAY
 from ...models.params import total_parameters
@@ -54,14 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     embedded = read_run("demo_reference").model.path
     assert embedded is not None, "a run without a path gets the embedded checkpoint's"
-    sources = [Source("FP8", Path(embedded), rtol=1e-4)]
-    _inspect(sources[0].directory)
     questions = [*TASKS["sums"].questions()[:SUMS], (BEIJING, _known_answer(BEIJING))]
     names = _runnable()
     outcomes: list[Outcome] = []
-    for source in sources:
-        for name in names:
-            outcomes.append(_generate(source, name, questions, outcomes[0] if outcomes else None))
+    with tempfile.TemporaryDirectory(prefix="deepspan-demo-") as folder:
+        sources = [Source("FP8", Path(embedded), rtol=1e-4), Source("BF16", Path(folder) / "bf16", rtol=3e-2)]
+        _inspect(sources[0].directory)
+        _convert(sources[0].directory, sources[1].directory)
+        for source in sources:
+            for name in names:
+                outcomes.append(_generate(source, name, questions, outcomes[0] if outcomes else None))
     _show_answers(questions, outcomes[0])
     _compare(questions, outcomes)
     return 0
@@ -75,7 +81,12 @@ def _inspect(directory: Path) -> None:
     megabytes = sum(info.nbytes for info in found.tensors) / 1e6
     print(f"checkpoint  {directory}")
     print(f"            {found.layout} layout, {found.spec.family}, {millions:.2f} million parameters")
-    print(f"            {len(found.headers)} files, {len(found.tensors)} tensors, {megabytes:.1f} MB, complete\n")
+    print(f"            {len(found.headers)} files, {len(found.tensors)} tensors, {megabytes:.1f} MB, complete")
+
+
+def _convert(source: Path, target: Path) -> None:
+    result = run_plan(fp8_to_bf16.plan(source, Options()), target)
+    print(f"converted   FP8 to BF16, {result.written_bytes / 1e6:.1f} MB, in {result.seconds:.2f} s\n")
 
 
 def _known_answer(prompt: str) -> str:
@@ -126,7 +137,6 @@ def _compare(questions: list[tuple[str, str]], outcomes: list[Outcome]) -> None:
             faults.append(f"{outcome.backend} with {outcome.source.name} weights")
     if faults:
         raise DeepspanError("wrong or different answers", ", ".join(faults), "run make test to find what is broken")
-    others = ", ".join(dict.fromkeys(outcome.backend for outcome in outcomes[1:]))
-    print(
-        f"\nall {len(questions)} answers are right" + (f"; {others} and {outcomes[0].backend} agree" if others else "")
-    )
+    backend_names = list(dict.fromkeys(outcome.backend for outcome in outcomes))
+    agreement = f"; {' and '.join(backend_names)} agree" if len(backend_names) > 1 else ""
+    print(f"\nall {len(questions)} answers are right{agreement}")
