@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import e4m3, pdl, tiles
+from . import pdl, tiles
 from .chips import Chip, check, chip_of, options
-from .fp8_linear import dequantise_weight
+from .fp8_linear import dequantise_weight, row_tile
 from .quant import GROUP, Codes, dequantise
 
 
@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 @triton.jit
 def _gate_up_one(
     x_ptr, x_scales_ptr, x_scales_stride, ids_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e,
-    scales_stride, out_ptr, E, N, K, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    scales_stride, out_ptr, E, N, K, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr,
     QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, choices."""
@@ -59,59 +59,55 @@ def _gate_up_one(
         return
     n = tl.program_id(0) * BLOCK_N
     n_N = n + tl.arange(0, BLOCK_N)
-    matrix_A = tl.arange(0, 2)
-    row_AN = (matrix_A * N)[:, None] + tl.minimum(n_N, N - 1)[None, :]
+    row_AN = (tl.arange(0, 2) * N)[:, None] + tl.minimum(n_N, N - 1)[None, :]
     out_AN = tiles.one_row_product(
         x_ptr, x_scales_ptr, x_scales_stride, w_ptr + expert * w_stride_e, row_AN.to(tl.int64), w_stride,
-        scales_ptr + expert * scales_stride_e, (matrix_A * N + n) // 128, scales_stride, 0, tl.cdiv(K, 128), K,
-        BLOCKS, STAGES, QUANTISED, EVEN_K, False,
+        scales_ptr + expert * scales_stride_e, n // 128, (N + n) // 128, scales_stride, 0, tl.cdiv(K, 128), K,
+        BLOCKS, VECTOR, True, QUANTISED, EVEN_K, False,
     )  # fmt: skip
     gate_N, up_N = tl.split(tl.trans(out_AN))
     tl.store(out_ptr + pair * N + n_N, tiles.silu_product(gate_N, up_N), mask=n_N < N)
 
 
 @triton.jit
-def _pair_step(step, steps, ids_ptr, E, BLOCKS: tl.constexpr):
-    """Step of a sum over all pairs: (pair, expert or 0, whether it is in the stack, first block)."""
+def _pair_of(step, steps, ids_ptr, blocks, E, BLOCKS: tl.constexpr):
+    """Step of a sum over all pairs: (pair, expert, first block, last block); none for an expert not in the stack."""
     pair = step // steps
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     present = (expert >= 0) & (expert < E)
-    return pair, tl.where(present, expert, 0), present, (step % steps) * BLOCKS
+    return pair, tl.where(present, expert, 0), (step % steps) * BLOCKS, tl.where(present, blocks, 0)
 
 
 @triton.jit
 def _down_one(
     h_ptr, ids_ptr, weights_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride, out_ptr,
-    P, E, N, K, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    P, E, N, K, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N. The choices were made two launches ago, so that weights may be read before the wait."""
     n = tl.program_id(0) * BLOCK_N
     n_N = n + tl.arange(0, BLOCK_N)
     row_AN = tl.minimum(n_N, N - 1).to(tl.int64)[None, :]
-    scale_row_A = tl.zeros((1,), tl.int32) + n // 128
     blocks = tl.cdiv(K, 128)
     steps = tl.cdiv(blocks, BLOCKS)
-    acc_ANG = tl.zeros((1, BLOCK_N, BLOCKS * 8), tl.float32)
-    pair, expert, present, block = _pair_step(0, steps, ids_ptr, E, BLOCKS)
-    last = tl.where(present, blocks, 0)
-    w_ANGY = tiles.weight_tile(w_ptr + expert * w_stride_e, row_AN, w_stride, block, last, K, BLOCKS, EVEN_K)
+    acc_GAN = tl.zeros((BLOCKS * (128 // VECTOR), 1, BLOCK_N), tl.float32)
+    pair, expert, block, last = _pair_of(0, steps, ids_ptr, blocks, E, BLOCKS)
+    w_GANY = tiles.weight_tile(w_ptr + expert * w_stride_e, row_AN, w_stride, block, last, K, BLOCKS, VECTOR, EVEN_K)
     pdl.wait(PDL)
     pdl.release(PDL)
     for step in range(P * steps):
         following = tl.minimum(step + 1, P * steps - 1)
-        next_pair, next_expert, next_present, next_block = _pair_step(following, steps, ids_ptr, E, BLOCKS)
-        next_last = tl.where(next_present & (step + 1 < P * steps), blocks, 0)
-        next_ANGY = tiles.weight_tile(
-            w_ptr + next_expert * w_stride_e, row_AN, w_stride, next_block, next_last, K, BLOCKS, EVEN_K
+        next_pair, next_expert, next_block, next_last = _pair_of(following, steps, ids_ptr, blocks, E, BLOCKS)
+        next_last = tl.where(step + 1 < P * steps, next_last, 0)
+        next_GANY = tiles.weight_tile(
+            w_ptr + next_expert * w_stride_e, row_AN, w_stride, next_block, next_last, K, BLOCKS, VECTOR, EVEN_K
         )
-        x_AGY = tiles.scaled_row(
-            h_ptr + pair * K, None, 0, scales_ptr + expert * scales_stride_e, scale_row_A, scales_stride, block, last,
-            K, BLOCKS, False, EVEN_K,
+        acc_GAN += tl.load(weights_ptr + pair) * tiles.add_product(
+            tl.zeros_like(acc_GAN), w_GANY, h_ptr + pair * K, None, 0, scales_ptr + expert * scales_stride_e, n // 128,
+            0, scales_stride, block, last, K, BLOCKS, VECTOR, False, False, EVEN_K,
         )  # fmt: skip
-        x_AGY *= tl.load(weights_ptr + pair)
-        acc_ANG += tl.sum(e4m3.decode(w_ANGY) * x_AGY[:, None, :, :], 3)
-        pair, expert, block, last, w_ANGY = next_pair, next_expert, next_block, next_last, next_ANGY
-    tl.store(out_ptr + n_N, tl.sum(tl.sum(acc_ANG, 2), 0), mask=n_N < N)
+        pair, expert, block, last, w_GANY = next_pair, next_expert, next_block, next_last, next_GANY
+    tl.store(out_ptr + n_N, tl.sum(tl.sum(acc_GAN, 1), 0), mask=n_N < N)
 
 
 # Several tokens -------------------------------------------------------------------------------------------------------
@@ -193,18 +189,17 @@ def _rows(
 class Config(NamedTuple):
     block_m: int  # 1: the vector kernels
     gate_up_block_n: int
-    gate_up_blocks: int  # of 128 channels that a step of the vector kernel reads
+    gate_up_warps: int
     down_block_n: int
-    down_blocks: int
-    warps: int
-    stages: int
+    down_warps: int
+    stages: int = 1  # of the matrix kernel
 
 
 def choose(tokens: int, chip: Chip) -> Config:
     if tokens == 1:
-        return Config(1, 4, 8, 8, 8, 4, 1)
+        return Config(1, 4, 2, 8, 4)
     block_m = 16 if tokens <= 128 else 32
-    return Config(block_m, 64, 1, 64, 1, 4, 5 if chip.shared_memory >= 160 << 10 else 2)
+    return Config(block_m, 64, 4, 64, 4, 5 if chip.shared_memory >= 160 << 10 else 2)
 
 
 def gate_up(
@@ -233,18 +228,19 @@ def gate_up(
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     common = {
         "QUANTISED": isinstance(x, Codes), "EVEN_K": hidden % GROUP == 0, "PDL": chip.dependent_launch,
-        "BLOCK_N": config.gate_up_block_n, "STAGES": config.stages, **options(chip, config.warps),
+        "BLOCK_N": config.gate_up_block_n, **options(chip, config.gate_up_warps),
     }  # fmt: skip
     grid_N = triton.cdiv(width, config.gate_up_block_n)
     if tiles_of_pairs is None:
         _gate_up_one[(grid_N, ids_TP.numel())](
             values_TD, x_scales, x_scales_strides[1], ids_TP, *weight_args, out, experts, width, hidden,
-            BLOCKS=config.gate_up_blocks, **common,
+            **row_tile(values_TD, config.gate_up_warps, chip), **common,
         )  # fmt: skip
     else:
         _rows[(grid_N, len(tiles_of_pairs.expert_U))](
             values_TD, values_TD.stride(0), x_scales, *x_scales_strides, None, *tiles_of_pairs, *weight_args, out,
-            width, hidden, ids_TP.shape[1], BLOCK_M=config.block_m, GATED=True, **common,
+            width, hidden, ids_TP.shape[1], BLOCK_M=config.block_m, GATED=True, STAGES=config.stages,
+            **common,
         )  # fmt: skip
     return out
 
@@ -270,7 +266,7 @@ def down(
     weight_args = (w, w.stride(0), w.stride(1), stack.down_scales, *stack.down_scales.stride()[:2])
     common = {
         "EVEN_K": width % GROUP == 0, "PDL": chip.dependent_launch, "BLOCK_N": config.down_block_n,
-        **options(chip, config.warps),
+        **options(chip, config.down_warps),
     }  # fmt: skip
     grid_N = triton.cdiv(hidden, config.down_block_n)
     if tiles_of_pairs is None:
@@ -278,7 +274,7 @@ def down(
         out = torch.empty(1, 1, hidden, dtype=torch.float32, device=values.device)
         _down_one[(grid_N,)](
             values, ids_TP, weights_TP, *weight_args, out, choices, experts, hidden, width,
-            BLOCKS=config.down_blocks, **common,
+            **row_tile(values, config.down_warps, chip), **common,
         )  # fmt: skip
         return out
     room = torch.zeros if foreign else torch.empty

@@ -24,20 +24,18 @@ from .quant import GROUP, Codes, dequantise
 @triton.jit
 def _one_row(
     x_ptr, x_scales_ptr, x_scales_stride, w_ptr, w_stride, scales_ptr, scales_stride, out_ptr, N, K, span,
-    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, GATED: tl.constexpr, QUANTISED: tl.constexpr,
     EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, splits of K. ``span``: blocks of K in a split."""
     n = tl.program_id(0) * BLOCK_N
     n_N = n + tl.arange(0, BLOCK_N)
-    matrix_A = tl.arange(0, 2 if GATED else 1)
-    row_AN = (matrix_A * N)[:, None] + tl.minimum(n_N, N - 1)[None, :]
-    scale_row_A = (matrix_A * N + n) // 128
+    row_AN = (tl.arange(0, 2 if GATED else 1) * N)[:, None] + tl.minimum(n_N, N - 1)[None, :]
     first_block = tl.program_id(1) * span
     last_block = tl.minimum(first_block + span, tl.cdiv(K, 128))
     out_AN = tiles.one_row_product(
-        x_ptr, x_scales_ptr, x_scales_stride, w_ptr, row_AN.to(tl.int64), w_stride, scales_ptr, scale_row_A,
-        scales_stride, first_block, last_block, K, BLOCKS, STAGES, QUANTISED, EVEN_K, PDL,
+        x_ptr, x_scales_ptr, x_scales_stride, w_ptr, row_AN.to(tl.int64), w_stride, scales_ptr, n // 128,
+        (N + n) // 128, scales_stride, first_block, last_block, K, BLOCKS, VECTOR, GATED, QUANTISED, EVEN_K, PDL,
     )  # fmt: skip
     if GATED:
         gate_N, up_N = tl.split(tl.trans(out_AN))
@@ -82,17 +80,16 @@ def _rows(
 class Config(NamedTuple):
     block_m: int  # 1: the vector kernel
     block_n: int
-    blocks: int  # of 128 channels that a step of the vector kernel reads
     warps: int
-    stages: int
+    stages: int = 1  # of the matrix kernel
 
 
 def choose(rows: int, outputs: int, chip: Chip) -> Config:
     """The configuration for ``rows`` tokens."""
     if rows == 1:
-        return Config(1, 16 if outputs >= 4096 else 8, 8, 8, 1)
+        return Config(1, 8, 2)
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    return Config(block_m, 64, 1, 4, 6 if chip.shared_memory >= 160 << 10 else 2)
+    return Config(block_m, 64, 4, 6 if chip.shared_memory >= 160 << 10 else 2)
 
 
 def splits_for(outputs: int, inputs: int, rows: int, chip: Chip) -> int:
@@ -133,19 +130,26 @@ def fp8_linear(
     grid_N = triton.cdiv(outputs, config.block_n)
     common = {
         "GATED": gated, "QUANTISED": isinstance(x, Codes), "EVEN_K": inputs % GROUP == 0, "PDL": chip.dependent_launch,
-        "BLOCK_N": config.block_n, "STAGES": config.stages, **options(chip, config.warps),
+        "BLOCK_N": config.block_n, **options(chip, config.warps),
     }  # fmt: skip
     if config.block_m == 1:
         _one_row[(grid_N, parts)](
             values_MK, x_scales, x_scales_strides[1], w, w.stride(0), scales_RC,
-            scales_RC.stride(0), out, outputs, inputs, span, BLOCKS=config.blocks, **common,
+            scales_RC.stride(0), out, outputs, inputs, span, **row_tile(values_MK, config.warps, chip), **common,
         )  # fmt: skip
     else:
         _rows[(grid_N, parts, triton.cdiv(rows, config.block_m))](
             values_MK, values_MK.stride(0), x_scales, *x_scales_strides, w, w.stride(0), scales_RC,
-            scales_RC.stride(0), out, rows, outputs, inputs, span, BLOCK_M=config.block_m, **common,
+            scales_RC.stride(0), out, rows, outputs, inputs, span, BLOCK_M=config.block_m, STAGES=config.stages,
+            **common,
         )  # fmt: skip
     return out
+
+
+def row_tile(x_MK: torch.Tensor, warps: int, chip: Chip) -> dict[str, int]:
+    """BLOCKS and VECTOR of the one-row product: 16 bytes of the row for each thread."""
+    vector = 16 // x_MK.element_size()
+    return {"BLOCKS": warps * chip.warp * vector // GROUP, "VECTOR": vector}
 
 
 def _check(name: str, x_MK: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, gated: bool, chip: Chip) -> None:

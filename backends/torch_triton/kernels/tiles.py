@@ -6,7 +6,12 @@ byte is read once. A tile's rows never cross a row of blocks; gate and up rows o
 one pass over the activations serves both.
 
 Shape letters: A matrices side by side (1, or gate and up), N weight rows of a tile, M activation rows of a tile,
-X 128 channels, G groups of 16 channels (one thread's load), Y 16 channels.
+X 128 channels, G groups of Y channels.
+
+In the one-row product a thread loads 16 bytes, one group: Y is 16 for FP8 rows and 8 for BF16 ones, whose
+16 bytes set the layout. G is meant to equal the threads of a program: then each keeps its piece of the row in registers
+for all weight rows, and nothing passes between threads but the final sum. G is the first dimension so that a warp's
+threads lie along it.
 """
 
 import triton
@@ -16,63 +21,73 @@ from . import e4m3, pdl
 
 
 @triton.jit
-def weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS: tl.constexpr, EVEN_K: tl.constexpr):
-    """Codes [A, N, G, Y] of blocks from ``first_block``, zero from ``last_block`` on."""
-    group_G = first_block * 8 + tl.arange(0, BLOCKS * 8)
-    k_GY = group_G[:, None] * 16 + tl.arange(0, 16)[None, :]
-    mask_GY = tl.broadcast_to((group_G < last_block * 8)[:, None], k_GY.shape)
+def _columns(first_block, last_block, K, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, EVEN_K: tl.constexpr):
+    """Channels [G, Y] of ``BLOCKS`` blocks, which of them lie before ``last_block`` and K, and their blocks [G]."""
+    PER_BLOCK: tl.constexpr = 128 // VECTOR
+    group_G = first_block * PER_BLOCK + tl.arange(0, BLOCKS * PER_BLOCK)
+    k_GY = group_G[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    mask_GY = tl.broadcast_to((group_G < last_block * PER_BLOCK)[:, None], k_GY.shape)
     if not EVEN_K:
         mask_GY &= k_GY < K
-    ptrs_ANGY = w_ptr + (row_AN * w_stride)[:, :, None, None] + k_GY[None, None, :, :]
-    return tl.load(ptrs_ANGY, mask=mask_GY[None, None, :, :], other=0.0)
+    return k_GY, mask_GY, group_G // PER_BLOCK
 
 
 @triton.jit
-def scaled_row(
-    x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row_A, scales_stride, first_block, last_block, K,
-    BLOCKS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+def weight_tile(
+    w_ptr, row_AN, w_stride, first_block, last_block, K,
+    BLOCKS: tl.constexpr, VECTOR: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """One row's values, FP32, times its own scales and those of the weights: [A, G, Y]."""
-    group_G = first_block * 8 + tl.arange(0, BLOCKS * 8)
-    k_GY = group_G[:, None] * 16 + tl.arange(0, 16)[None, :]
-    inside_G = group_G < last_block * 8
-    mask_GY = tl.broadcast_to(inside_G[:, None], k_GY.shape)
-    if not EVEN_K:
-        mask_GY &= k_GY < K
+    """Codes [G, A, N, Y] of blocks from ``first_block``, zero from ``last_block`` on."""
+    k_GY, mask_GY, _ = _columns(first_block, last_block, K, BLOCKS, VECTOR, EVEN_K)
+    ptrs_GANY = w_ptr + (row_AN * w_stride)[None, :, :, None] + k_GY[:, None, None, :]
+    return tl.load(ptrs_GANY, mask=mask_GY[:, None, None, :], other=0.0)
+
+
+@triton.jit
+def add_product(
+    acc_GAN, w_GANY, x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row, up_scale_row, scales_stride,
+    first_block, last_block, K, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, GATED: tl.constexpr,
+    QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``acc_GAN`` plus a weight tile times one row of x. A thread's Y channels share their scales."""
+    k_GY, mask_GY, block_G = _columns(first_block, last_block, K, BLOCKS, VECTOR, EVEN_K)
     x_GY = e4m3.decode(tl.load(x_ptr + k_GY, mask=mask_GY, other=0.0))
-    scale_ptrs_AG = scales_ptr + (scale_row_A * scales_stride)[:, None] + (group_G // 8)[None, :]
-    scale_AG = tl.load(scale_ptrs_AG, mask=inside_G[None, :], other=0.0)
+    inside_G = block_G < last_block
+    scale_G = tl.load(scales_ptr + scale_row * scales_stride + block_G, mask=inside_G, other=0.0)
     if QUANTISED:
-        x_scale_G = tl.load(x_scales_ptr + group_G // 8 * x_scales_stride, mask=inside_G, other=0.0)
-        scale_AG *= x_scale_G[None, :]
-    return x_GY[None, :, :] * scale_AG[:, :, None]
+        x_scale_G = tl.load(x_scales_ptr + block_G * x_scales_stride, mask=inside_G, other=0.0)
+        scale_G *= x_scale_G
+    scale_GA = scale_G[:, None]
+    if GATED:
+        up_scale_G = tl.load(scales_ptr + up_scale_row * scales_stride + block_G, mask=inside_G, other=0.0)
+        if QUANTISED:
+            up_scale_G *= x_scale_G
+        scale_GA = tl.where(tl.arange(0, 2)[None, :] == 0, scale_GA, up_scale_G[:, None])
+    return acc_GAN + tl.sum(e4m3.decode(w_GANY) * x_GY[:, None, None, :], 3) * scale_GA[:, :, None]
 
 
 @triton.jit
 def one_row_product(
-    x_ptr, x_scales_ptr, x_scales_stride, w_ptr, row_AN, w_stride, scales_ptr, scale_row_A, scales_stride,
-    first_block, last_block, K, BLOCKS: tl.constexpr, STAGES: tl.constexpr, QUANTISED: tl.constexpr,
-    EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, x_scales_ptr, x_scales_stride, w_ptr, row_AN, w_stride, scales_ptr, scale_row, up_scale_row, scales_stride,
+    first_block, last_block, K, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, GATED: tl.constexpr,
+    QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """W x over the blocks given, [A, N] FP32. The first weights are asked for before `pdl.wait`."""
-    acc_ANG = tl.zeros((row_AN.shape[0], row_AN.shape[1], BLOCKS * 8), tl.float32)
-    if STAGES == 1:
-        w_ANGY = weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS, EVEN_K)
+    """W x over the blocks given, [A, N] FP32.
+
+    The first weights are asked for before `pdl.wait`, the next ones before the use of those that are there.
+    """
+    acc_GAN = tl.zeros((BLOCKS * (128 // VECTOR), row_AN.shape[0], row_AN.shape[1]), tl.float32)
+    w_GANY = weight_tile(w_ptr, row_AN, w_stride, first_block, last_block, K, BLOCKS, VECTOR, EVEN_K)
     pdl.wait(PDL)
     pdl.release(PDL)
-    for block in tl.range(first_block, last_block, BLOCKS, num_stages=STAGES):
-        if STAGES == 1:
-            next_ANGY = weight_tile(w_ptr, row_AN, w_stride, block + BLOCKS, last_block, K, BLOCKS, EVEN_K)
-        else:
-            w_ANGY = weight_tile(w_ptr, row_AN, w_stride, block, last_block, K, BLOCKS, EVEN_K)
-        x_AGY = scaled_row(
-            x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row_A, scales_stride, block, last_block, K,
-            BLOCKS, QUANTISED, EVEN_K,
+    for block in range(first_block, last_block, BLOCKS):
+        next_GANY = weight_tile(w_ptr, row_AN, w_stride, block + BLOCKS, last_block, K, BLOCKS, VECTOR, EVEN_K)
+        acc_GAN = add_product(
+            acc_GAN, w_GANY, x_ptr, x_scales_ptr, x_scales_stride, scales_ptr, scale_row, up_scale_row, scales_stride,
+            block, last_block, K, BLOCKS, VECTOR, GATED, QUANTISED, EVEN_K,
         )  # fmt: skip
-        acc_ANG += tl.sum(e4m3.decode(w_ANGY) * x_AGY[:, None, :, :], 3)  # 16 products of one thread
-        if STAGES == 1:
-            w_ANGY = next_ANGY
-    return tl.sum(acc_ANG, 2)
+        w_GANY = next_GANY
+    return tl.sum(acc_GAN, 0)
 
 
 @triton.jit
