@@ -149,8 +149,8 @@ class _Found:
 class LayoutWeights:
     """Canonical parameters, read out of a checkpoint of another layout.
 
-    ``targets`` is the layout; every target must be among ``tensors`` with its shape and a dtype that holds the layout's.
-    ``shared`` maps parameters that the layout leaves out to those whose copies they are.
+    ``targets`` is the layout; every target must be among ``tensors``, in its shape and as BF16, F16 or F32. ``shared``
+    maps parameters that the layout leaves out to those whose copies they are.
     """
 
     def __init__(

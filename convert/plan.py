@@ -172,7 +172,7 @@ class Plan:
         forgotten = [name for name in self.tensors if name not in consumed and name not in self.dropped]
         assert not forgotten, f"no rule of {self.kind} consumes or drops {listed(forgotten)}"
         assert consumed <= self.tensors.keys(), f"{self.kind} consumes what is not there"
-        assert len(set(names)) == len(names), "two outputs of one name"
+        assert all(len(s.offsets) == len(s.outputs) for s in self.shards), "two outputs of one name in a file"
         files = [*(shard.name for shard in self.shards), *self.small_files]
         assert len(set(files)) == len(files), "two output files of one name"
         assert not any(name_fault(name) for name in (*names, *files)), "a name that is not fit for a file"

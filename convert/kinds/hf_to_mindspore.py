@@ -50,6 +50,7 @@ def plan(directory: Path, options: Options) -> Plan:
         lambda name: [info.name for info in source.weights.stored(name).tensors.values()],
     )
     shards = mindspore_shards(files)
+    copies = {info.name: "mtp-copy" for found in left_out.values() for info in found.tensors.values()}
     return Plan(
         kind="hf-to-mindspore",
         options=options.chosen() | {"layout": layout},
@@ -62,8 +63,7 @@ def plan(directory: Path, options: Options) -> Plan:
             **companions(directory),
         },
         tensors=source.checkpoint.tensors,
-        dropped=source.dropped
-        | {info.name: "mtp-copy" for found in left_out.values() for info in found.tensors.values()},
+        dropped={**source.dropped, **copies},
         checks=tuple(_check_copy(source, name) for name in left_out),
         close=source.checkpoint.close,
     )

@@ -31,7 +31,7 @@ def plan(directory: Path, options: Options) -> Plan:
         shards=shards,
         small_files={**index_files(shards), **plain_config(source.config, has_mtp), **companions(directory)},
         tensors=source.checkpoint.tensors,
-        dropped=source.checkpoint.dropped | dropped,
+        dropped={**source.checkpoint.dropped, **dropped},
         close=source.checkpoint.close,
     )
 

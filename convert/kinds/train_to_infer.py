@@ -43,7 +43,7 @@ def plan(directory: Path, options: Options) -> Plan:
             **companions(directory),
         },
         tensors=source.checkpoint.tensors,
-        dropped=source.checkpoint.dropped | dropped,
+        dropped={**source.checkpoint.dropped, **dropped},
         close=source.checkpoint.close,
     )
 
