@@ -57,7 +57,7 @@ KINDS = {
     "quantize": Kind(
         "a Hugging Face directory to INT8 (W8A8 for compressed-tensors, Ascend or MindSpore) or FP8",
         quantize.plan,
-        (*COMMON, "shard_bytes", "format", "ignore", "calibration"),
+        (*COMMON, "shard_bytes", "format", "ignore", "calibration", "qkv_concat", "ffn_concat", "mtp_names"),
     ),
     "dequantize": Kind("any quantised Hugging Face directory to BF16", dequantize.plan, (*COMMON, "shard_bytes")),
 }

@@ -18,47 +18,56 @@ from ..allowances import Allowances
 from ..calibration import InputScale, read_calibration
 from ..declarations import ASCEND_DESCRIPTION, ascend_description, compressed_tensors_config, fp8_config
 from ..lowbit import QuantisedModule
-from ..plan import Output, Plan
+from ..plan import Output, Plan, ShardPlan
 from ..schemes import SCHEMES, Scheme
 from ..storage import PLAIN, Stored
 from .dequantize import bf16_output, read_bf16, unit_of
+from .golden_stick import mindspore_files
 from .huggingface import as_json, companions, index_files, new_shards, plain_config
 from .options import Options
 from .source import HuggingFaceSource, open_huggingface
-
-FORMATS = tuple(SCHEMES)
 
 
 def plan(directory: Path, options: Options) -> Plan:
     scheme = _scheme(options)
     allows = Allowances(options.allow)
     source = open_huggingface(directory, options, allows)
-    allows.check_used()
-    chosen = choose(source, scheme, options.ignore)
+    chosen = _choose(source, scheme, options.ignore)
     _check_format(options, source, chosen)
-    static = calibration(options, chosen)
+    static = _calibration(options, chosen)
+    files = mindspore_files if options.format == "w8a8-mindspore" else _huggingface_files
+    shards, small_files = files(source, options, allows, scheme, chosen, static)
+    allows.check_used()
+    return Plan(
+        kind="quantize",
+        options=_chosen_options(options),
+        source=source.files,
+        meter=source.meter,
+        shards=shards,
+        small_files=small_files,
+        tensors=source.checkpoint.tensors,
+        dropped=source.dropped,
+        close=source.checkpoint.close,
+        notes=_notes(chosen),
+    )
+
+
+def _huggingface_files(
+    source: HuggingFaceSource,
+    options: Options,
+    allows: Allowances,
+    scheme: Scheme,
+    chosen: Mapping[str, Stored],
+    static: Mapping[str, InputScale],
+) -> tuple[tuple[ShardPlan, ...], Mapping[str, bytes | Path]]:
     stem = "quant_model_weights" if options.format == "w8a8-ascend" else "model"
     outputs = {
         name: _quantised(source, stored, scheme, static) if name in chosen else [bf16_output(source, stored)]
         for name, stored in source.stored().items()
     }
     shards = new_shards((output for made in outputs.values() for output in made), options.shard_bytes, stem)
-    return Plan(
-        kind="quantize",
-        options=chosen_options(options),
-        source=source.files,
-        meter=source.meter,
-        shards=shards,
-        small_files={
-            **index_files(shards, stem),
-            **_declaration(source, options.format, outputs, chosen, static),
-            **companions(directory),
-        },
-        tensors=source.checkpoint.tensors,
-        dropped=source.dropped,
-        close=source.checkpoint.close,
-        notes=_notes(chosen),
-    )
+    declaration = _declaration(source, options.format, outputs, chosen, static)
+    return shards, {**index_files(shards, stem), **declaration, **companions(source.checkpoint.directory)}
 
 
 def _scheme(options: Options) -> Scheme:
@@ -69,14 +78,14 @@ def _scheme(options: Options) -> Scheme:
     return SCHEMES[options.format]
 
 
-def chosen_options(options: Options) -> dict[str, object]:
+def _chosen_options(options: Options) -> dict[str, object]:
     """What decides the result: the content of the calibration file, not its name."""
     if options.calibration is None:
         return options.chosen()
     return options.chosen() | {"calibration": hashlib.sha256(options.calibration.read_bytes()).hexdigest()}
 
 
-def choose(source: HuggingFaceSource, scheme: Scheme, ignore: Iterable[str]) -> dict[str, Stored]:
+def _choose(source: HuggingFaceSource, scheme: Scheme, ignore: Iterable[str]) -> dict[str, Stored]:
     """The parameters that are quantised. Raises InputError for an --ignore that names none of them."""
     ignore = tuple(ignore)
     stored = source.stored()
@@ -92,6 +101,16 @@ def choose(source: HuggingFaceSource, scheme: Scheme, ignore: Iterable[str]) -> 
 
 
 def _check_format(options: Options, source: HuggingFaceSource, chosen: Mapping[str, Stored]) -> None:
+    variants = {
+        "--qkv-concat": options.qkv_concat,
+        "--ffn-concat": options.ffn_concat,
+        "--mtp-names": options.mtp_names,
+    }
+    given = [name for name, value in variants.items() if value]
+    if given and options.format != "w8a8-mindspore":
+        raise InputError(f"{options.format} has no such variant", given[0], "leave it out, or choose w8a8-mindspore")
+    if options.shard_bytes is not None and options.format == "w8a8-mindspore":
+        raise InputError("w8a8-mindspore has its own files", "--shard-size", "leave it out")
     if options.format == "fp8":
         if options.calibration is not None:
             raise InputError("fp8 has no static scales", "--calibration", "leave it out, or choose a w8a8 format")
@@ -100,7 +119,7 @@ def _check_format(options: Options, source: HuggingFaceSource, chosen: Mapping[s
             raise InputError(f"{done[0]} is FP8 already", where, "use the directory as it is")
 
 
-def calibration(options: Options, chosen: Mapping[str, Stored]) -> dict[str, InputScale]:
+def _calibration(options: Options, chosen: Mapping[str, Stored]) -> dict[str, InputScale]:
     """Input scales by module; empty without a file."""
     if options.calibration is None:
         return {}
