@@ -1,6 +1,5 @@
 """The embedded checkpoint is what docs/demo-model.md says: its form, what it was never shown, what it answers."""
 
-import ast
 import random
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from deepspan.models.hf_config import spec_from_hf
 from deepspan.models.params import stored_tensors
 from deepspan.models.reference import GrowingCache, ReferenceModel
 from deepspan.models.sums import held_out_sums, is_held_out, training_sums
+from deepspan.scripts.demo_model.config import CONFIG
 from deepspan.serving.prompt import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,23 +81,7 @@ def test_the_architecture_is_exercised():
 
 
 def test_the_training_script_makes_this_architecture():
-    tree = ast.parse((ROOT / "scripts" / "train_demo.py").read_text(encoding="utf-8"))
-    config = next(
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CONFIG"
-    )
-    names = {"BLOCK": 128, "BOS_ID": 0, "EOS_ID": 1}
-    literal = eval_literal(config, names)
-    assert spec_from_hf(literal, "CONFIG") == load_spec("demo")
-
-
-def eval_literal(node: ast.expr, names: dict[str, int]) -> dict:
-    """A literal whose values may be named constants."""
-
-    class Fill(ast.NodeTransformer):
-        def visit_Name(self, name: ast.Name) -> ast.Constant:
-            return ast.Constant(names[name.id])
-
-    return ast.literal_eval(Fill().visit(node))
+    assert spec_from_hf(CONFIG, "CONFIG") == load_spec("demo")
 
 
 def test_held_out_pairs_are_the_same_in_both_orders_and_about_one_in_fifty():

@@ -1,4 +1,4 @@
-"""The demo model's text: its byte-level BPE tokenizer, chat format and packed training rows. Used by train_demo.py."""
+"""The demo model's text: its byte-level BPE tokenizer, chat format and packed training rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from deepspan.models.everyday import (
+from ...models.everyday import (
     EVERYDAY,
     FALLBACK_CHINESE,
     FALLBACK_ENGLISH,
@@ -19,7 +19,7 @@ from deepspan.models.everyday import (
     everyday_exchange,
     unknown_exchange,
 )
-from deepspan.models.sums import Sum, phrasings, training_sums
+from ...models.sums import Sum, phrasings, training_sums
 
 # DeepSeek's special tokens; the position in the tuple is the id.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"

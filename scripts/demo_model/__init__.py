@@ -1,0 +1,1 @@
+"""How the embedded demo model is made; `scripts/train_demo.py` is the command."""
