@@ -11,7 +11,7 @@ from typing import Any
 
 from ..models.errors import InputError
 from .checkpoint import listed
-from .journal import Journal, read_begin
+from .journal import Journal, read_begin, read_published
 from .manifest import MANIFEST_FILE, difference, read_manifest
 from .plan import Plan, ShardPlan
 from .writer import PARTIAL
@@ -60,6 +60,7 @@ def open_destination(
     directory.mkdir(parents=True, exist_ok=True)
     journal = Journal(directory)
     try:
+        earlier = _of_earlier_conversion(directory)
         # Looked at again, now that nobody else can write: another run may have ended in between.
         state = None if overwrite else _state(plan, directory, begin, journal.begin)
         destination = Destination(directory, begin, journal)
@@ -71,9 +72,8 @@ def open_destination(
             }
         else:
             journal.start(begin)
-        if overwrite:  # the directory must not look complete while its files are being replaced
-            for name in (MANIFEST_FILE, *plan.small_files):
-                (directory / name).unlink(missing_ok=True)
+        if overwrite:
+            _clear(plan, directory, earlier)
         for leftover in _leftovers(plan, directory):
             leftover.unlink()
     except BaseException:
@@ -90,11 +90,11 @@ def check_directory(plan: Plan, directory: Path, begin: Mapping[str, Any], resum
         raise InputError("source and destination are the same directory", str(directory), _ANOTHER)
     present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
     planned = {MANIFEST_FILE, *plan.small_files, *(shard.name for shard in plan.shards)}
-    foreign = sorted(name for name in present - planned if name.endswith((".safetensors", ".index.json")))
-    if foreign:
+    state = None if overwrite else _state(plan, directory, begin, read_begin(directory))
+    others = present - planned - (_of_earlier_conversion(directory) if overwrite else set())
+    if foreign := sorted(name for name in others if name.endswith((".safetensors", ".index.json"))):
         todo = f"remove them, or {_ANOTHER}"
         raise InputError(f"files of another checkpoint: {listed(foreign)}", str(directory), todo)
-    state = None if overwrite else _state(plan, directory, begin, read_begin(directory))
     if state is None and not overwrite and (colliding := sorted(present & planned)):
         todo = f"{_ANOTHER}, or give --overwrite"
         raise InputError(f"files are there already: {listed(colliding)}", str(directory), todo)
@@ -125,6 +125,22 @@ def _check_still_whole(plan: Plan, directory: Path) -> None:
     if damaged := [shard.name for shard in plan.shards if sizes.get(shard.name) != shard.nbytes]:
         what = f"was converted completely and has changed since: {listed(damaged)}"
         raise InputError(what, str(directory), "give --overwrite to convert again")
+
+
+def _of_earlier_conversion(directory: Path) -> set[str]:
+    """Files of ``directory`` that a conversion wrote, as its manifest or its journal says."""
+    if not directory.exists():
+        return set()
+    finished = read_manifest(directory) or {}
+    written = {*finished.get("files", ()), *finished.get("small_files", ()), *read_published(directory)}
+    return written & {entry.name for entry in directory.iterdir()}
+
+
+def _clear(plan: Plan, directory: Path, earlier: set[str]) -> None:
+    """Remove what would make the directory look complete while it is overwritten, and what would be left over."""
+    replaced = {shard.name for shard in plan.shards}
+    for name in {MANIFEST_FILE, *plan.small_files, *earlier} - replaced:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _leftovers(plan: Plan, directory: Path) -> list[Path]:

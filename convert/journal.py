@@ -90,13 +90,18 @@ class Journal:
 
 def read_begin(directory: Path) -> Mapping[str, Any] | None:
     """The first entry of the journal of ``directory``, None without one. Takes no lock and writes nothing."""
-    path = directory / JOURNAL_FILE
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        first = file.readline()
-    entries = _entries(first, path) if first.endswith(b"\n") else []
+    entries = _read_unlocked(directory)
     return entries[0] if entries else None
+
+
+def read_published(directory: Path) -> list[str]:
+    """The shards that the journal of ``directory`` calls published. Takes no lock and writes nothing."""
+    return [entry["file"] for entry in _read_unlocked(directory)[1:]]
+
+
+def _read_unlocked(directory: Path) -> list[dict[str, Any]]:
+    path = directory / JOURNAL_FILE
+    return _entries(path.read_bytes().rpartition(b"\n")[0], path) if path.is_file() else []
 
 
 def _entries(lines: bytes, path: Path) -> list[dict[str, Any]]:

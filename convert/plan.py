@@ -123,14 +123,14 @@ class SourceFiles:
 
     directory: Path
     headers: Mapping[str, Header]
-    config_path: Path
+    config_path: Path | None
 
     def identity(self) -> dict[str, list[Any]]:
         """File name -> size, modification time in ns, hash of what the header (or the file, for config.json) says."""
-        return {
-            self.config_path.name: _identity(self.config_path, hashlib.sha256(self.config_path.read_bytes())),
-            **{name: _identity(header.path, _layout_hash(header)) for name, header in sorted(self.headers.items())},
-        }
+        files = {name: _identity(header.path, _layout_hash(header)) for name, header in sorted(self.headers.items())}
+        if self.config_path is not None:
+            files["config.json"] = _identity(self.config_path, hashlib.sha256(self.config_path.read_bytes()))
+        return files
 
 
 def _identity(path: Path, digest: hashlib._Hash) -> list[Any]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "measure how far two logits files differ",
     "eval": "measure task accuracy",
     "inspect": "tell what a checkpoint or a named model is",
+    "convert": "bring a checkpoint into another layout or number format",
     "plan": "tell what each rank will hold and whether it fits, before anything loads",
     "bench": "time decode and prefill",
     "doctor": "tell which backends can run here, and why not",

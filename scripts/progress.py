@@ -29,17 +29,20 @@ class Progress:
         if self._drawn:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def show(self, done: int) -> None:
-        """Cheap enough to call for every item: what was shown a moment ago is not shown again."""
+    def show(self, done: int, detail: str = "") -> None:
+        """Cheap enough to call for every item: what was shown a moment ago is not shown again.
+
+        ``detail`` is said after the numbers.
+        """
         now = time.monotonic()
         if now - self._shown_at < self._interval:
             return
         self._shown_at = now
         share = done / self._total
         if not self._on_terminal:
-            print(f"{self._what}: {done} of {self._total} ({share:.0%})", file=sys.stderr, flush=True)
+            print(f"{self._what}: {done} of {self._total} ({share:.0%}) {detail}".rstrip(), file=sys.stderr, flush=True)
             return
         bar = "#" * int(_BAR_WIDTH * share)
-        line = f"{self._what} [{bar:<{_BAR_WIDTH}}] {done}/{self._total}"
+        line = f"{self._what} [{bar:<{_BAR_WIDTH}}] {done}/{self._total} {detail}"
         print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
         self._drawn = True

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.errors import InputError
-from ...models.hf_config import spec_from_hf
 from ...models.layouts.deepseek_demo import DemoTensor, demo_tensor, rank_file
 from ...models.params import Param, parameters
 from ...models.quant import block_grid
@@ -25,9 +24,9 @@ from ..meter import Meter, MeteredReader
 from ..plan import Output, Plan, SourceFiles
 from ..quant_config import QuantConfig
 from ..safetensors import Header, TensorInfo
-from .huggingface import companions, index_files, new_shards, plain_config
+from .huggingface import companions, index_files, new_shards
 from .options import Options
-from .source import source_config
+from .source import source_model
 
 Shape = tuple[int, ...]
 _RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
@@ -58,13 +57,13 @@ class _Ranks:
 
 def plan(directory: Path, options: Options) -> Plan:
     allows = Allowances(options.allow)
-    config, config_path = source_config(directory, options)
-    spec = spec_from_hf(config, str(config_path))
+    model = source_model(directory, options)
+    spec, config = model.spec, model.config or {}
     meter = Meter()
     reader = MeteredReader(meter)
     try:
         headers = _open(directory, reader)
-        block = QuantConfig(config.get("quantization_config") or {}, str(config_path)).block
+        block = QuantConfig(config.get("quantization_config") or {}, str(model.path)).block
         ranks = _Ranks(directory, spec, block, headers, reader)
         outputs, dropped = _outputs(ranks, options)
         dropped |= _extra(ranks, {source for output in outputs for source in output.sources} | dropped.keys(), allows)
@@ -73,13 +72,13 @@ def plan(directory: Path, options: Options) -> Plan:
         has_mtp = any(param.layer in spec.mtp_layers() for param in _present(ranks)) and not options.drop_mtp
         return Plan(
             kind="demo-to-hf",
-            options=options.chosen(),
-            source=SourceFiles(directory, {header.path.name: header for header in headers}, config_path),
+            options={**options.chosen(), **model.named},
+            source=SourceFiles(directory, {header.path.name: header for header in headers}, model.path),
             meter=meter,
             shards=shards,
             small_files={
                 **index_files(shards),
-                **plain_config(config, has_mtp, _declared(outputs, config)),
+                **model.config_file(has_mtp, _declared(outputs, config)),
                 **companions(directory),
             },
             tensors={_key(info): info for header in headers for info in header.tensors.values()},

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import InputError
-from ...models.hf_config import spec_from_hf
 from ...models.layouts.mindspore import NAME_MAP_FILE
 from ...models.layouts.placement import TargetTensor
 from ...models.layouts.recognise import mindspore_targets, recognise
@@ -23,7 +22,7 @@ from ..meter import Meter, MeteredReader
 from ..plan import Output, ShardPlan, SourceFiles, plan_shard
 from ..strict_json import read_object
 from .options import Options
-from .source import source_config
+from .source import Model, source_model
 
 METADATA = {"format": "ms"}
 _DTYPES = {"BF16": ("BF16", "F32", "F16"), "F32": ("F32", "BF16", "F16")}  # the layout's: what may stand in its place
@@ -35,8 +34,7 @@ class MindSporeSource:
 
     checkpoint: AllowedCheckpoint
     layout: str
-    spec: ModelSpec
-    config: Mapping[str, Any]
+    model: Model
     weights: LayoutWeights
     params: Mapping[str, Param]
     has_mtp: bool
@@ -46,8 +44,8 @@ class MindSporeSource:
 
 def open_mindspore(directory: Path, options: Options, allows: Allowances) -> MindSporeSource:
     """Raises InputError for anything that headers can show to be wrong; no tensor data is read."""
-    config, config_path = source_config(directory, options)
-    spec = spec_from_hf(config, str(config_path))
+    model = source_model(directory, options)
+    spec = model.spec
     meter = Meter()
     reader = MeteredReader(meter)
     checkpoint = AllowedCheckpoint.open(directory, reader)
@@ -63,8 +61,8 @@ def open_mindspore(directory: Path, options: Options, allows: Allowances) -> Min
         table = {param.name: param for param in parameters(spec, mtp=has_mtp)}
         shared = _left_out(targets, table, spec)
         weights = LayoutWeights(reader, checkpoint.tensors, targets, table, shared)
-        files = SourceFiles(directory, checkpoint.headers, config_path)
-        return MindSporeSource(checkpoint, layout, spec, config, weights, table, has_mtp, files, meter)
+        files = SourceFiles(directory, checkpoint.headers, model.path)
+        return MindSporeSource(checkpoint, layout, model, weights, table, has_mtp, files, meter)
     except BaseException:
         checkpoint.close()
         raise

@@ -11,7 +11,7 @@ from ...models.params import Param
 from ..allowances import Allowances
 from ..layout_io import LayoutWeights, contiguous
 from ..plan import Output, Plan
-from .huggingface import companions, index_files, new_shards, plain_config
+from .huggingface import companions, index_files, new_shards
 from .mindspore import MindSporeSource, open_mindspore
 from .options import Options
 
@@ -25,11 +25,11 @@ def plan(directory: Path, options: Options) -> Plan:
     has_mtp = source.has_mtp and not options.drop_mtp
     return Plan(
         kind="mindspore-to-hf",
-        options=options.chosen(),
+        options={**options.chosen(), **source.model.named},
         source=source.files,
         meter=source.meter,
         shards=shards,
-        small_files={**index_files(shards), **plain_config(source.config, has_mtp), **companions(directory)},
+        small_files={**index_files(shards), **source.model.config_file(has_mtp), **companions(directory)},
         tensors=source.checkpoint.tensors,
         dropped={**source.checkpoint.dropped, **dropped},
         close=source.checkpoint.close,
@@ -38,7 +38,7 @@ def plan(directory: Path, options: Options) -> Plan:
 
 def kept_params(source: MindSporeSource, options: Options) -> tuple[dict[str, Param], dict[str, str]]:
     """The parameters to convert, and the tensors that are dropped with the others."""
-    mtp = source.spec.mtp_layers() if options.drop_mtp else range(0)
+    mtp = source.model.spec.mtp_layers() if options.drop_mtp else range(0)
     kept = {name: param for name, param in source.params.items() if param.layer not in mtp}
     used = {tensor for name in kept for tensor in source.weights.sources(name)}
     others = (tensor for name in source.params if name not in kept for tensor in source.weights.sources(name))

@@ -13,9 +13,10 @@ COMMON = ("drop_mtp", "allow")
 class Options:
     """Every choice that decides bytes; a field at its default was not chosen.
 
-    ``ranks`` is the number of tensor-parallel files, ``dtype`` the precision of plain weights, ``config`` a config.json
-    for a source that has none, ``shard_bytes`` the size limit of output files. ``format`` is what `quantize` writes,
-    ``ignore`` names or patterns of modules that it leaves alone, ``calibration`` a file of input scales.
+    ``ranks`` is the number of tensor-parallel files, ``dtype`` the precision of plain weights, ``config`` the
+    config.json, or the name, of the model for a source that has none, ``shard_bytes`` the size limit of output files.
+    ``format`` is what `quantize` writes, ``ignore`` names or patterns of modules that it leaves alone,
+    ``calibration`` a file of input scales.
     """
 
     drop_mtp: bool = False
@@ -27,15 +28,17 @@ class Options:
     mtp_names: bool = False
     ranks: int | None = None
     dtype: str | None = None
-    config: Path | None = None
+    config: str | None = None
     format: str | None = None
     ignore: tuple[str, ...] = ()
     calibration: Path | None = None
 
     def chosen(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as JSON values; files left out: their content counts."""
+        """The fields that differ from their defaults, as JSON values; files left out, whose content counts."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
+        defaults = {field.name: field.default for field in fields(self)}
         return {
-            field.name: list(value) if isinstance(value, tuple) else value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) != field.default and not isinstance(value, Path)
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value != defaults[name] and not isinstance(value, Path)
         }

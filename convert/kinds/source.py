@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...models.catalog import load_spec
 from ...models.errors import InputError
 from ...models.hf_config import spec_from_hf
 from ...models.params import Param, parameters
@@ -19,6 +20,7 @@ from ..safetensors import TensorInfo
 from ..storage import Stored
 from ..strict_json import read_object
 from ..weights import quant_config
+from .huggingface import plain_config
 from .options import Options
 
 
@@ -68,13 +70,30 @@ def open_huggingface(directory: Path, options: Options, allows: Allowances) -> H
         raise
 
 
-def source_config(directory: Path, options: Options) -> tuple[dict[str, Any], Path]:
-    """config.json of a directory of another layout, or the one that the user names in its place."""
-    path = options.config or directory / "config.json"
-    if not path.is_file():
-        todo = "give --config with the config.json of the model that the weights belong to"
-        raise InputError("no config.json", str(directory), todo)
-    return read_object(path), path
+@dataclass(frozen=True)
+class Model:
+    """What a checkpoint of another layout is a checkpoint of: by a config.json, or by a model's name."""
+
+    spec: ModelSpec
+    config: Mapping[str, Any] | None
+    path: Path | None
+    named: Mapping[str, str]
+
+    def config_file(self, has_mtp: bool, declared: Any = None) -> dict[str, bytes]:
+        """config.json for what is written; a name gives none."""
+        return {} if self.config is None else plain_config(self.config, has_mtp, declared)
+
+
+def source_model(directory: Path, options: Options) -> Model:
+    """By the directory's config.json, or by what the user names in its place."""
+    path = Path(options.config) if options.config else directory / "config.json"
+    if path.is_file():
+        config = read_object(path)
+        return Model(spec_from_hf(config, str(path)), config, path, {})
+    if options.config:
+        return Model(load_spec(options.config), None, None, {"config": options.config})
+    todo = "give --config with the config.json, or the name, of the model that the weights belong to"
+    raise InputError("no config.json", str(directory), todo)
 
 
 def check_rounding(stored: Mapping[str, TensorInfo], narrowed: Iterable[str], allows: Allowances) -> None:

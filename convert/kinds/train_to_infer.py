@@ -13,7 +13,7 @@ from ...models.errors import InputError
 from ...models.layouts.mindspore import GENERAL_FILE, InferOptions, inference_targets
 from ..allowances import Allowances
 from ..plan import Plan
-from .huggingface import companions, plain_config
+from .huggingface import companions
 from .mindspore import mindspore_outputs, mindspore_shards, name_map, open_mindspore
 from .mindspore_to_hf import kept_params
 from .options import Options
@@ -29,17 +29,19 @@ def plan(directory: Path, options: Options) -> Plan:
     params, dropped = kept_params(source, options)
     has_mtp = source.has_mtp and not options.drop_mtp
     variant = InferOptions(options.qkv_concat, options.ffn_concat, options.mtp_names)
-    targets = [replace(target, file=_file(target.file)) for target in inference_targets(source.spec, has_mtp, variant)]
+    targets = [
+        replace(target, file=_file(target.file)) for target in inference_targets(source.model.spec, has_mtp, variant)
+    ]
     shards = mindspore_shards(mindspore_outputs(targets, source.weights, params, source.weights.sources))
     return Plan(
         kind="train-to-infer",
-        options=options.chosen(),
+        options={**options.chosen(), **source.model.named},
         source=source.files,
         meter=source.meter,
         shards=shards,
         small_files={
             **name_map(shards, indent=4),
-            **plain_config(source.config, has_mtp),
+            **source.model.config_file(has_mtp),
             **companions(directory),
         },
         tensors=source.checkpoint.tensors,
