@@ -10,16 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import InputError
-from .plan import PIECE_BYTES, Output
+from .layout_io import contiguous
+from .plan import Output
 from .schemes import Scheme, Static
 
 _UNIT = 128  # rows: of FP8's blocks, and few enough for INT8's
 
 
 class QuantisedModule:
-    """One linear module, or a stack of swapped experts, made from ``read(start, stop)``: rows of BF16 patterns.
+    """One linear module, or a stack of experts, made from ``read(start, stop)``: rows of BF16 patterns.
 
-    A stack is [experts, in, out] as MindSpore stores it, read and made expert by expert; anything else is [out, in].
+    A module is [out, in]. A stack is read as [experts, out, in] and stored as [experts, in, out], MindSpore's way;
+    ``shape`` is the stored one.
     ``unit`` is the number of rows below which reading is wasteful, ``work_bytes`` what reading takes beside them. The
     scales are by-products of the codes: they are kept from when the codes are made until they are asked for, and made
     again from the weight when they are asked for first.
@@ -54,8 +56,8 @@ class QuantisedModule:
 
     def _codes_output(self) -> Output:
         part = self._parts[self._codes]
-        # Beside the codes and what reading takes, the weight as BF16; FP32 is there a strip at a time only.
-        work = self._work_bytes + 2 * max(PIECE_BYTES, self._unit * prod(self._shape[1:]))
+        # Beside the codes and what reading takes, the weight as BF16 and the codes of a stack before they are swapped.
+        work = self._work_bytes + (3 if self._is_stack else 2) * self._unit * prod(self._shape[1:])
         name = self._prefix + self._codes
         return Output(name, part.dtype, self._shape, self._sources, self._make_codes, self._shape[0], self._unit, work)
 
@@ -82,9 +84,10 @@ class QuantisedModule:
         weight = self._read(start, stop)
         if not self._is_stack:
             return self._make(weight)
-        made = [self._make(np.ascontiguousarray(expert.T)) for expert in weight]
-        stacked = {name: np.stack([parts[name] for parts in made]) for name in made[0] if name != self._codes}
-        return {self._codes: np.stack([parts[self._codes].T for parts in made]), **stacked}
+        made = [self._make(expert) for expert in weight]
+        for parts in made:
+            parts[self._codes] = contiguous(parts[self._codes].T)
+        return {name: np.stack([parts[name] for parts in made]) for name in self._parts}
 
     def _make(self, weight_NK: NDArray[np.uint16]) -> dict[str, NDArray]:
         """The parts of [out, in] rows. A weight that is not finite shows in its scales."""

@@ -18,13 +18,9 @@ from numpy.typing import NDArray
 from ..models.dtypes import Bits16, bf16_to_f32, f32_to_bf16
 from ..models.params import Param
 from ..models.quant import BLOCK, block_grid
-from ..models.quantise import (
-    quantise_fp8_blocks,
-    quantise_int8_channels,
-    quantise_int8_compressed_tensors,
-    static_int8_companions,
-)
+from ..models.quantise import static_int8_companions
 from .calibration import InputScale
+from .fast_quantise import quantisers
 
 Shape = tuple[int, ...]
 Static = InputScale | None  # None: activations are scaled token by token as they come
@@ -75,7 +71,7 @@ def _compressed_tensors_parts(shape: Shape, static: Static) -> Parts:
 
 
 def _compressed_tensors(weight_NK: Bits16, static: Static) -> dict[str, NDArray]:
-    q_NK, scales_N1 = quantise_int8_compressed_tensors(weight_NK)
+    q_NK, scales_N1 = quantisers().quantise_int8_compressed_tensors(weight_NK)
     made: dict[str, NDArray] = {"weight": q_NK, "weight_scale": scales_N1}
     if static:
         made["input_scale"] = np.array([static.scale], np.float32)
@@ -94,7 +90,7 @@ def _ascend_parts(shape: Shape, static: Static) -> Parts:
 
 
 def _ascend(weight_NK: Bits16, static: Static) -> dict[str, NDArray]:
-    q_NK, scales_N1 = quantise_int8_channels(weight_NK)
+    q_NK, scales_N1 = quantisers().quantise_int8_channels(weight_NK)
     # Zero, as symmetric weights have no offset, and there, as loaders ask for it by name.
     made: dict[str, NDArray] = {"weight": q_NK, "weight_scale": scales_N1, "weight_offset": np.zeros_like(scales_N1)}
     if static:
@@ -115,7 +111,7 @@ def _golden_stick_parts(shape: Shape, static: Static) -> Parts:
 
 
 def _golden_stick(weight_NK: Bits16, static: Static) -> dict[str, NDArray]:
-    q_NK, scales_N1 = quantise_int8_channels(weight_NK, bf16_scales=static is None)
+    q_NK, scales_N1 = quantisers().quantise_int8_channels(weight_NK, bf16_scales=static is None)
     made: dict[str, NDArray] = {"_layer.weight": q_NK}
     if not static:
         return made | {"_layer.matmul.weight_scale": f32_to_bf16(scales_N1[:, 0])}
@@ -132,7 +128,7 @@ def _fp8_parts(shape: Shape, static: Static) -> Parts:
 
 
 def _fp8(weight_NK: Bits16, static: Static) -> dict[str, NDArray]:
-    codes_NK, scales_RC = quantise_fp8_blocks(weight_NK)
+    codes_NK, scales_RC = quantisers().quantise_fp8_blocks(weight_NK)
     return {"weight": codes_NK, "weight_scale_inv": scales_RC}
 
 

@@ -68,11 +68,16 @@ def _quotients(weight_NK: Weight, scales_RC: Float32, block: tuple[int, int]) ->
             yield rows, _f32(weight_NK[rows]) / scales_K
 
 
+def fp8_scales(amax: Float32, ue8m0: bool = False) -> Float32:
+    """amax / 448, or the power of two above it."""
+    return _scales(amax, F8_E4M3_MAX, ue8m0)
+
+
 def quantise_fp8_blocks(
     weight_NK: Weight, block: tuple[int, int] = BLOCK, ue8m0: bool = False
 ) -> tuple[Bits8, Float32]:
     """F8_E4M3 codes and their multipliers [R, C], amax / 448; with ``ue8m0`` these are powers of two."""
-    scales_RC = _scales(_block_amax(weight_NK, block), F8_E4M3_MAX, ue8m0)
+    scales_RC = fp8_scales(_block_amax(weight_NK, block), ue8m0)
     codes_NK = np.empty(weight_NK.shape, np.uint8)
     for rows, quotients in _quotients(weight_NK, scales_RC, block):
         codes_NK[rows] = f32_to_f8_e4m3(quotients)
@@ -95,16 +100,28 @@ def _row_amax(values_NK: Float32) -> Float32:
     return np.abs(values_NK).max(axis=1, keepdims=True, initial=0)
 
 
+def int8_scales(amax: Float32, bf16_scales: bool = False) -> Float32:
+    """amax / 127, rounded to BF16 where layouts store it so."""
+    scales = _scales(amax, 127)
+    return bf16_to_f32(f32_to_bf16(scales)) if bf16_scales else scales
+
+
+def compressed_tensors_scales(amax: Float32) -> Float32:
+    """amax / 127.5 in BF16; 2 ** -7, BF16's machine epsilon, where that is zero."""
+    scales = bf16_to_f32(f32_to_bf16(amax / np.float32(127.5)))
+    scales[scales == 0] = 2.0**-7
+    return scales
+
+
 def quantise_int8_channels(weight_NK: Weight, bf16_scales: bool = False) -> tuple[Int8, Float32]:
     """Symmetric codes in -127..127 and scales [N, 1], amax / 127: msModelSlim's, DeepSeek-on-Ascend's, Meituan's.
 
-    With ``bf16_scales`` the scales are rounded to BF16 before the codes are made, for layouts that store them so.
+    With ``bf16_scales`` the scales are rounded to BF16 before the codes are made.
     """
     q_NK, scales_N1 = np.empty(weight_NK.shape, np.int8), np.empty((weight_NK.shape[0], 1), np.float32)
     for rows in strips(*weight_NK.shape):
         values = _f32(weight_NK[rows])
-        scales = _scales(_row_amax(values), 127)
-        scales_N1[rows] = bf16_to_f32(f32_to_bf16(scales)) if bf16_scales else scales
+        scales_N1[rows] = int8_scales(_row_amax(values), bf16_scales)
         q_NK[rows] = _round_int8(values / scales_N1[rows])
     return q_NK, scales_N1
 
@@ -112,14 +129,12 @@ def quantise_int8_channels(weight_NK: Weight, bf16_scales: bool = False) -> tupl
 def quantise_int8_compressed_tensors(weight_NK: Bits16) -> tuple[Int8, Bits16]:
     """Codes in -128..127 and BF16 scales [N, 1], both bit for bit those that compressed-tensors makes of BF16 weights.
 
-    It computes in BF16: the scale is amax / 127.5 and the quotient is rounded to BF16 before it is rounded to an
-    integer. An all-zero row gets BF16's machine epsilon, 2 ** -7.
+    It computes in BF16: the quotient is rounded to BF16 before it is rounded to an integer.
     """
     q_NK, scales_N1 = np.empty(weight_NK.shape, np.int8), np.empty((weight_NK.shape[0], 1), np.uint16)
     for rows in strips(*weight_NK.shape):
         values = bf16_to_f32(weight_NK[rows])
-        scales = bf16_to_f32(f32_to_bf16(_row_amax(values) / np.float32(127.5)))
-        scales[scales == 0] = 2.0**-7
+        scales = compressed_tensors_scales(_row_amax(values))
         scales_N1[rows] = f32_to_bf16(scales)
         values /= scales
         _round_to_bf16(values)

@@ -11,6 +11,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...models.errors import InputError
@@ -50,7 +51,9 @@ def mindspore_files(
     shards = mindspore_shards(
         {
             file: [
-                made for output in outputs for made in _quantised(targets[output.name], output, scheme, chosen, static)
+                made
+                for output in outputs
+                for made in _quantised(source, targets[output.name], output, scheme, chosen, static)
             ]
             for file, outputs in files.items()
         }
@@ -70,6 +73,7 @@ def _check_plain(
 
 
 def _quantised(
+    source: HuggingFaceSource,
     target: TargetTensor,
     output: Output,
     scheme: Scheme,
@@ -85,16 +89,28 @@ def _quantised(
         what = f"{target.name} holds {min(sources - inside)}, which is ignored, and {min(inside)}, which is not"
         raise InputError(what, "--ignore", "ignore all of them or none")
     scale = _static(target, sources, static)
-    prefix, read = target.name.removesuffix("weight"), partial(_read, target, output)
-    unit = 1 if len(target.shape) == 3 else output.unit
-    made = QuantisedModule(prefix, target.shape, output.sources, read, scheme, scale, unit, output.work_bytes)
-    return made.outputs()
+    prefix = target.name.removesuffix("weight")
+    if len(target.shape) == 3:
+        read, work = partial(_experts, source, target), prod(target.shape[1:])
+        return QuantisedModule(prefix, target.shape, output.sources, read, scheme, scale, work_bytes=work).outputs()
+    return QuantisedModule(
+        prefix, target.shape, output.sources, output.make, scheme, scale, output.unit, output.work_bytes
+    ).outputs()
 
 
-def _read(target: TargetTensor, output: Output, start: int, stop: int) -> NDArray:
-    """Rows of a matrix, or whole matrices of a stack."""
-    height = prod(target.shape[1:-1])
-    return output.make(start * height, stop * height).reshape(stop - start, *target.shape[1:])
+def _experts(source: HuggingFaceSource, target: TargetTensor, start: int, stop: int) -> NDArray:
+    """Matrices of a stack before they are swapped: [experts, out, in], fused ones one under the other."""
+    by_expert: dict[int, dict[int, str]] = {index: {} for index in range(start, stop)}
+    for placement in target.placements:
+        assert placement.transpose and placement.index is not None and placement.rows is None, target.name
+        if placement.index in by_expert:
+            by_expert[placement.index][placement.offset[1]] = placement.source
+    return np.stack(
+        [
+            np.concatenate([source.weights.read(name, "bf16") for _, name in sorted(parts.items())])
+            for parts in by_expert.values()
+        ]
+    )
 
 
 def _static(target: TargetTensor, sources: set[str], static: Mapping[str, InputScale]) -> InputScale | None:
