@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
@@ -15,6 +15,11 @@ from .plan import Output
 from .schemes import Scheme, Static
 
 _UNIT = 128  # rows: of FP8's blocks, and few enough for INT8's
+
+
+def stacked(matrices: Sequence[NDArray]) -> NDArray:
+    """`np.stack`, without a copy of one that is alone."""
+    return matrices[0][None] if len(matrices) == 1 else np.stack(matrices)
 
 
 class QuantisedModule:
@@ -87,7 +92,7 @@ class QuantisedModule:
         made = [self._make(expert) for expert in weight]
         for parts in made:
             parts[self._codes] = contiguous(parts[self._codes].T)
-        return {name: np.stack([parts[name] for parts in made]) for name in self._parts}
+        return {name: stacked([parts[name] for parts in made]) for name in self._parts}
 
     def _make(self, weight_NK: NDArray[np.uint16]) -> dict[str, NDArray]:
         """The parts of [out, in] rows. A weight that is not finite shows in its scales."""

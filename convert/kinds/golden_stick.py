@@ -19,7 +19,7 @@ from ...models.layouts.mindspore import InferOptions, inference_targets
 from ...models.layouts.placement import TargetTensor
 from ..allowances import Allowances
 from ..calibration import InputScale
-from ..lowbit import QuantisedModule
+from ..lowbit import QuantisedModule, stacked
 from ..plan import Output, ShardPlan
 from ..schemes import Scheme
 from .huggingface import companions, plain_config
@@ -105,12 +105,8 @@ def _experts(source: HuggingFaceSource, target: TargetTensor, start: int, stop: 
         assert placement.transpose and placement.index is not None and placement.rows is None, target.name
         if placement.index in by_expert:
             by_expert[placement.index][placement.offset[1]] = placement.source
-    return np.stack(
-        [
-            np.concatenate([source.weights.read(name, "bf16") for _, name in sorted(parts.items())])
-            for parts in by_expert.values()
-        ]
-    )
+    read = [[source.weights.read(name, "bf16") for _, name in sorted(parts.items())] for parts in by_expert.values()]
+    return stacked([parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in read])
 
 
 def _static(target: TargetTensor, sources: set[str], static: Mapping[str, InputScale]) -> InputScale | None:
