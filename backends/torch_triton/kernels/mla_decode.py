@@ -1,0 +1,206 @@
+"""Absorbed multi-head latent attention over a paged latent cache, for a few query tokens per sequence.
+
+All heads share one key of C + R numbers and one value, its first C. So the rows of a program's query tile are heads,
+and query tokens if heads are few: the cache is read once per tile. Contexts are split so that one long sequence fills
+the chip; a second kernel merges the parts in their order.
+
+Shape letters: B sequences, Q query tokens of a sequence, H heads, N query rows of a tile (token major), S cached tokens
+of a tile, C latent (kv_lora_rank), R rope dim, X = C + R, P parts of a context.
+Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1.2; online softmax: FlashAttention-2, FlashDecoding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import pdl
+from .chips import Chip, check, chip_of, options
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _attend(
+    q_ptr, q_stride_t, q_stride_h, cache_ptr, cache_stride_block, cache_stride_token, table_ptr, table_stride,
+    length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, C, R, PAGE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of query rows, parts, sequences. Writes BF16 results, or with parts FP32 ones and their log-sums."""
+    b = tl.program_id(2)
+    part = tl.program_id(1)
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid_N = n_N < Q * H
+    token_N = (b * Q + n_N // H).to(tl.int64)
+    c_C = tl.arange(0, BLOCK_C)
+    r_R = tl.arange(0, BLOCK_R)
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    length = tl.load(length_ptr + b)
+    q_ptrs_N = q_ptr + token_N * q_stride_t + (n_N % H) * q_stride_h
+    q_NC = tl.load(q_ptrs_N[:, None] + c_C[None, :], mask=valid_N[:, None] & (c_C < C)[None, :], other=0.0)
+    q_NR = tl.load(q_ptrs_N[:, None] + C + r_R[None, :], mask=valid_N[:, None] & (r_R < R)[None, :], other=0.0)
+    visible_N = length - (Q - 1 - n_N // H)  # a query token sees the tokens before it and itself
+
+    most_N = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    sum_N = tl.zeros((BLOCK_N,), tl.float32)
+    acc_NC = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    span = tl.cdiv(tl.cdiv(length, BLOCK_S), PARTS) * BLOCK_S
+    start = part * span
+    for s in tl.range(start, tl.minimum(start + span, length), BLOCK_S, num_stages=STAGES):
+        s_S = s + tl.arange(0, BLOCK_S)
+        if PAGE % BLOCK_S == 0:  # a tile lies in one block of the cache
+            block = tl.load(table_ptr + b * table_stride + s // PAGE).to(tl.int64)
+            token_ptrs_S = cache_ptr + block * cache_stride_block + (s_S % PAGE) * cache_stride_token
+        else:
+            block_S = tl.load(table_ptr + b * table_stride + s_S // PAGE, mask=s_S < length, other=0).to(tl.int64)
+            token_ptrs_S = cache_ptr + block_S * cache_stride_block + (s_S % PAGE) * cache_stride_token
+        mask_SC = tl.broadcast_to((s_S < length)[:, None], (BLOCK_S, BLOCK_C))
+        mask_SR = tl.broadcast_to((s_S < length)[:, None], (BLOCK_S, BLOCK_R))
+        if not EVEN:
+            mask_SC &= (c_C < C)[None, :]
+            mask_SR &= (r_R < R)[None, :]
+        k_SC = tl.load(token_ptrs_S[:, None] + c_C[None, :], mask=mask_SC, other=0.0)
+        k_SR = tl.load(token_ptrs_S[:, None] + C + r_R[None, :], mask=mask_SR, other=0.0)
+        score_NS = tl.dot(q_NC, tl.trans(k_SC))
+        score_NS = tl.dot(q_NR, tl.trans(k_SR), score_NS) * scale_log2
+        score_NS = tl.where(s_S[None, :] < visible_N[:, None], score_NS, float("-inf"))
+        most_now_N = tl.maximum(most_N, tl.max(score_NS, 1))
+        shift_N = tl.where(most_now_N == float("-inf"), 0.0, most_now_N)  # no token visible yet
+        weight_NS = tl.exp2(score_NS - shift_N[:, None])
+        shrink_N = tl.exp2(most_N - shift_N)
+        sum_N = sum_N * shrink_N + tl.sum(weight_NS, 1)
+        acc_NC = tl.dot(weight_NS.to(tl.bfloat16), k_SC, acc_NC * shrink_N[:, None])
+        most_N = most_now_N
+
+    acc_NC /= tl.where(sum_N > 0, sum_N, 1.0)[:, None]
+    row_N = (token_N * H + n_N % H) * PARTS + part
+    tl.store(out_ptr + row_N[:, None] * C + c_C[None, :], acc_NC, mask=valid_N[:, None] & (c_C < C)[None, :])
+    if PARTS > 1:
+        tl.store(lse_ptr + row_N, most_N + tl.log2(sum_N), mask=valid_N)  # -inf where no token was visible
+
+
+@triton.jit
+def _merge(
+    part_ptr, lse_ptr, out_ptr, C, PARTS: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr
+):
+    """Grid: query rows, tiles of C. Sums in the order of the parts."""
+    row = tl.program_id(0).to(tl.int64)
+    c_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_P = tl.arange(0, PADDED)
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    lse_P = tl.load(lse_ptr + row * PARTS + p_P, mask=p_P < PARTS, other=float("-inf"))
+    most = tl.max(lse_P, 0)
+    weight_P = tl.exp2(lse_P - tl.where(most == float("-inf"), 0.0, most))
+    total = tl.sum(weight_P, 0)
+    mask_PC = (lse_P > float("-inf"))[:, None] & (c_C < C)[None, :]
+    part_PC = tl.load(part_ptr + (row * PARTS + p_P)[:, None] * C + c_C[None, :], mask=mask_PC, other=0.0)
+    out_C = tl.sum(part_PC * weight_P[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + row * C + c_C, out_C, mask=c_C < C)
+
+
+class Config(NamedTuple):
+    block_n: int
+    block_s: int
+    warps: int
+    stages: int
+
+
+# Configurations by chip for up to 16, up to 32, and more query rows; "" is one that fits any chip.
+TABLE = {
+    "": (Config(16, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    "sm_80": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
+    "sm_90": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 64, 8, 2)),
+    "sm_100": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 8, 2)),
+    "gfx950": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
+}
+
+
+def choose(rows: int, chip: Chip) -> Config:
+    """The configuration for ``rows`` = Q H query rows of a sequence."""
+    few, more, many = TABLE.get(chip.name, TABLE[""])
+    return few if rows <= 16 else more if rows <= 32 else many
+
+
+def parts_for(batch: int, rows: int, longest: int, chip: Chip) -> int:
+    """Parts of a context such that programs fill the chip once, of two tiles at least."""
+    config = choose(rows, chip)
+    programs = batch * triton.cdiv(rows, config.block_n)
+    return max(1, min(chip.processors // programs, triton.cdiv(longest, 2 * config.block_s), 128))
+
+
+def mla_decode(
+    q_THX: torch.Tensor,
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    latent: int,
+    longest: int,
+    parts: int | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """Weighted latents, BF16 [T, H, C], of absorbed queries [T, H, C + R]; T = B Q, sequence by sequence.
+
+    ``cache`` BF16 [blocks, block_size, C + R]; ``table`` int32 [B, ...], a sequence's blocks in order, anything after
+    them; ``lengths`` int32 [B] counts the query tokens too, and is 0 for a row of padding, whose result is 0.
+    ``longest`` is a bound on the lengths that is known before they are.
+    """
+    name = "mla_decode"
+    tokens, heads, width = q_THX.shape
+    batch = len(lengths)
+    rope = width - latent
+    check(tokens % batch == 0, f"{tokens} query tokens of {batch} sequences", name)
+    check(cache.dim() == 3 and cache.shape[2] == width, f"cache {tuple(cache.shape)} for queries of {width}", name)
+    check(q_THX.dtype == torch.bfloat16 and cache.dtype == torch.bfloat16, f"cache in {cache.dtype}", name)
+    check(q_THX.stride(2) == 1 and cache.stride(2) == 1 and table.stride(1) == 1, "rows must be contiguous", name)
+    check(table.dtype == torch.int32 and lengths.dtype == torch.int32, "tables and lengths must be int32", name)
+    check(table.shape[0] == batch and lengths.is_contiguous(), f"table {tuple(table.shape)}", name)
+    chip = chip_of(q_THX.device)
+    queries = tokens // batch
+    rows = queries * heads
+    config = config or choose(rows, chip)
+    parts = parts or parts_for(batch, rows, longest, chip)
+    device = q_THX.device
+    out = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=device)
+    partial = torch.empty(tokens, heads, parts, latent, dtype=torch.float32, device=device) if parts > 1 else out
+    lse = torch.empty(tokens, heads, parts, dtype=torch.float32, device=device) if parts > 1 else None
+    block_c = max(16, triton.next_power_of_2(latent))
+    block_r = max(16, triton.next_power_of_2(rope))
+    _attend[(triton.cdiv(rows, config.block_n), parts, batch)](
+        q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
+        lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
+        BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c, BLOCK_R=block_r,
+        EVEN=block_c == latent and block_r == rope, STAGES=config.stages, PDL=chip.dependent_launch,
+        **options(chip, config.warps, config.stages),
+    )  # fmt: skip
+    if parts > 1:
+        tile_c = min(block_c, 256)
+        _merge[(tokens * heads, triton.cdiv(latent, tile_c))](
+            partial, lse, out, latent, PARTS=parts, PADDED=triton.next_power_of_2(parts), BLOCK_C=tile_c,
+            PDL=chip.dependent_launch, **options(chip, 4),
+        )  # fmt: skip
+    return out
+
+
+def mla_decode_eager(
+    q_THX: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, scale: float, latent: int
+) -> torch.Tensor:
+    """The twin of `mla_decode`, FP32."""
+    page = cache.shape[1]
+    queries = len(q_THX) // len(lengths)
+    out = q_THX.new_zeros(*q_THX.shape[:2], latent, dtype=torch.float32)
+    for b, length in enumerate(lengths.tolist()):
+        blocks = table[b, : triton.cdiv(length, page)].long()
+        entries_SX = cache[blocks].flatten(0, 1)[:length].float()
+        for q in range(queries):
+            seen_SX = entries_SX[: max(0, length - (queries - 1 - q))]
+            if len(seen_SX):
+                weights_HS = torch.softmax(q_THX[b * queries + q].float() @ seen_SX.t() * scale, -1)
+                out[b * queries + q] = weights_HS @ seen_SX[:, :latent]
+    return out

@@ -1,0 +1,168 @@
+"""Compile every kernel, in every configuration that its launcher chooses, for one chip. Needs no GPU.
+
+`python tests/kernels/compile_for.py sm_90` runs the launchers on tensors without memory, of the sizes of DeepSeek-V3
+671B, and compiles what they would have launched. Prints one JSON object: the variants of each kernel.
+"""
+
+import collections
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from deepspan.backends.torch_triton.kernels import (
+    chips,
+    experts,
+    fp8_linear,
+    mla_decode,
+    quant,
+    rope_cache,
+    router,
+)
+from deepspan.models.catalog import load_spec
+
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8",
+}  # fmt: skip
+ROWS = (1, 8, 64)
+
+
+def target_of(chip: chips.Chip) -> GPUTarget:
+    name = chip.name
+    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, chip.warp)
+
+
+class Launches:
+    """Takes the place of `JITFunction.run`: remembers what would be compiled, as Triton specialises it."""
+
+    def __init__(self, chip: chips.Chip):
+        self.chip = chip
+        self.variants: dict[str, tuple] = {}
+
+    def record(self, kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        names = kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        signature, constants, attributes = {}, {}, {}
+        for i, param in enumerate(kernel.params):
+            value = values[param.name]
+            signature[param.name] = "constexpr"
+            if param.is_constexpr or value is None or (type(value) is int and value == 1):
+                constants[(i,)] = value
+                continue
+            signature[param.name] = _type(value)
+            if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        key = repr((kernel.fn.__qualname__, kernel.fn.__module__, signature, constants, attributes, options))
+        self.variants.setdefault(key, (kernel, signature, constants, attributes, options))
+
+    def compile(self) -> dict[str, int]:
+        count: dict[str, int] = collections.Counter()
+        for kernel, signature, constants, attributes, options in self.variants.values():
+            source = ASTSource(kernel, signature, constants, attributes)
+            binary = triton.compile(source, target=target_of(self.chip), options=options)
+            name = f"{kernel.fn.__module__.rsplit('.', 1)[1]}.{kernel.fn.__qualname__}"
+            assert binary.metadata.shared <= self.chip.shared_memory, f"{name}: {binary.metadata.shared} bytes shared"
+            count[name] += 1
+        return count
+
+
+def _type(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def activations(chip: chips.Chip, rows: int, channels: int):
+    """BF16 always; codes where the chip multiplies them."""
+    yield empty(rows, channels)
+    if chip.fp8_units:
+        yield quant.quantise(empty(rows, channels))
+
+
+def launch_quant(chip: chips.Chip) -> None:
+    for channels in (7168, 1536):
+        for branch in (empty(2, channels), empty(2, 4, channels, dtype=torch.float32)):
+            for quantise in (False, True)[: 1 + chip.fp8_units]:
+                quant.add_norm_quantise(branch, empty(2, channels), empty(channels), 1e-6, not quantise, quantise)
+
+
+def launch_fp8_linear(chip: chips.Chip) -> None:
+    for rows in ROWS:
+        for outputs, inputs in ((24576, 1536), (2112, 7168)):
+            scales = empty(-(-outputs // 128), inputs // 128, dtype=torch.float32)
+            splits = fp8_linear.splits_for(outputs, inputs, rows, chip)
+            for x in activations(chip, rows, inputs):
+                fp8_linear.fp8_linear(x, empty(outputs, inputs, dtype=chip.fp8), scales)
+                fp8_linear.fp8_linear(x, empty(outputs, inputs, dtype=chip.fp8), scales, splits=max(2, splits))
+        for x in activations(chip, rows, 7168):
+            gate_up = empty(36864, 7168, dtype=chip.fp8), empty(288, 56, dtype=torch.float32)
+            fp8_linear.fp8_linear(x, *gate_up, gated=True)
+
+
+def launch_experts(chip: chips.Chip) -> None:
+    stack = experts.Stack(
+        empty(257, 4096, 7168, dtype=chip.fp8), empty(257, 32, 56, dtype=torch.float32),
+        empty(257, 7168, 2048, dtype=chip.fp8), empty(257, 56, 16, dtype=torch.float32),
+    )  # fmt: skip
+    for tokens in (1, 16, 256):
+        ids, weights = empty(tokens, 9, dtype=torch.int32), empty(tokens, 9, dtype=torch.float32)
+        tiles = experts.group(ids, 257) if tokens > 1 else None
+        for x in activations(chip, tokens, 7168):
+            h = experts.gate_up(x, ids, stack, tiles)
+            experts.down(h, ids, weights, stack, tiles)
+            if tokens > 1 and chip.fp8_units:
+                experts.down(quant.quantise(h), ids, weights, stack, tiles)
+
+
+def launch_router(chip: chips.Chip) -> None:
+    for name in ("deepseek_v3", "deepseek_v2_lite"):
+        spec = load_spec(name)
+        bias = empty(spec.n_routed_experts, dtype=torch.float32) if spec.topk_method == "noaux_tc" else None
+        for tokens in (1, 16):
+            room = router.scratch(tokens, spec.n_routed_experts, torch.device("meta"))
+            weight = empty(spec.n_routed_experts, spec.hidden_size)
+            router.choose_experts(empty(tokens, spec.hidden_size), weight, bias, spec, room, shared=1)
+
+
+def launch_mla(chip: chips.Chip) -> None:
+    for heads, queries in ((16, 1), (16, 2), (128, 1)):
+        for parts in (1, 8):
+            mla_decode.mla_decode(
+                empty(8 * queries, heads, 576), empty(1000, 64, 576), empty(8, 99, dtype=torch.int32),
+                empty(8, dtype=torch.int32), 0.1, 512, longest=4096, parts=parts,
+            )  # fmt: skip
+
+
+def launch_rope(chip: chips.Chip) -> None:
+    tables = empty(4096, 32, dtype=torch.float32), empty(4096, 32, dtype=torch.float32)
+    at = empty(8, dtype=torch.int64), empty(8, dtype=torch.int64)
+    q = empty(8, 128, 192)[:, :, 128:]
+    for kv in (empty(8, 576), empty(8, 4, 576, dtype=torch.float32)):
+        rope_cache.rope_cache(kv, empty(512), 1e-6, q, q, *at, *tables, empty(1000, 64, 576))
+
+
+def main(name: str) -> None:
+    chip = chips.chip_named(name)
+    launches = Launches(chip)
+    for module in (quant, fp8_linear, experts, router, mla_decode, rope_cache):
+        module.chip_of = lambda device: chip
+    JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)
+    for launch in (launch_quant, launch_fp8_linear, launch_experts, launch_router, launch_mla, launch_rope):
+        launch(chip)
+    print(json.dumps(launches.compile()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

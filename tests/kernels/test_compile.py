@@ -1,0 +1,28 @@
+"""Every kernel that a launcher can choose compiles, ahead of time, for chips that this machine does not have."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = {
+    "quant._add_norm_quantise", "fp8_linear._one_row", "fp8_linear._rows", "experts._gate_up_one", "experts._down_one",
+    "experts._group", "experts._rows", "router._route", "mla_decode._attend", "mla_decode._merge",
+    "rope_cache._rope_cache",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
+def test_compiles_for(chip):
+    script = Path(__file__).with_name("compile_for.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(script), chip], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    variants = json.loads(result.stdout)
+    expected = KERNELS if chip == "sm_80" else KERNELS | {"quant._quantise"}  # no FP8 units: nothing is quantised
+    assert set(variants) == expected

@@ -1,0 +1,66 @@
+"""Paged MLA decode against FP32 softmax. Tolerance: relative norm 2^-7 (weights and results are rounded to BF16).
+
+Every cache slot that holds no visible token is NaN, and every table entry past a sequence's blocks is out of range.
+"""
+
+import pytest
+import torch
+
+from deepspan.backends.torch_triton.kernels import mla_decode as kernel
+from deepspan.models.errors import DeepspanError
+
+
+def case(lengths, page, heads, latent, rope, queries=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    needed = [-(-length // page) for length in lengths]
+    blocks = sum(needed) + 3
+    order = torch.randperm(blocks, generator=generator).tolist()
+    cache = torch.full((blocks, page + 1, latent + rope + 5), torch.nan).bfloat16()[:, :page, : latent + rope]
+    table = torch.full((len(lengths), max(needed) + 2), 2**31 - 1, dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        for i in range(needed[b]):
+            table[b, i] = order.pop()
+            count = min(page, length - i * page)
+            cache[int(table[b, i]), :count] = torch.randn(count, latent + rope, generator=generator).bfloat16()
+    q = torch.full((len(lengths) * queries, heads + 1, latent + rope + 3), torch.nan).bfloat16()
+    q = q[:, :heads, : latent + rope]
+    q[:] = torch.randn(q.shape, generator=generator)
+    return q, cache, table, torch.tensor(lengths, dtype=torch.int32)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("heads, latent, rope", [(4, 512, 64), (20, 32, 16), (3, 18, 6)])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("page", [64, 7])
+def test_equals_softmax_attention(heads, latent, rope, queries, page):
+    q, cache, table, lengths = case([5, 131, 0, 64], page, heads, latent, rope, queries)
+    for parts in (1, 3):
+        got = kernel.mla_decode(q, cache, table, lengths, 0.1, latent, longest=200, parts=parts)
+        want = kernel.mla_decode_eager(q, cache, table, lengths, 0.1, latent)
+        assert distance(got, want) < 2**-7
+        assert not got[2 * queries : 3 * queries].any()
+
+
+def test_large_tiles_and_large_scores():
+    q, cache, table, lengths = case([1, 300], 64, 65, 64, 16)
+    config = kernel.Config(64, 64, 8, 2)
+    got = kernel.mla_decode(q * 8, cache, table, lengths, 1.0, 64, longest=300, parts=2, config=config)
+    assert distance(got, kernel.mla_decode_eager(q * 8, cache, table, lengths, 1.0, 64)) < 2**-7
+
+
+def test_parts_are_a_matter_of_speed():
+    q, cache, table, lengths = case([700], 64, 4, 32, 16)
+    results = [kernel.mla_decode(q, cache, table, lengths, 0.2, 32, 700, parts=parts) for parts in (1, 2, 8, 32)]
+    for other in results[1:]:
+        assert distance(other, results[0]) < 2**-7
+
+
+def test_what_it_cannot_take_is_one_clear_error():
+    q, cache, table, lengths = case([9], 16, 4, 32, 16)
+    with pytest.raises(DeepspanError, match="cache .* for queries of 48: kernel mla_decode"):
+        kernel.mla_decode(q, cache[:, :, :40], table, lengths, 1.0, 32, 9)
+    with pytest.raises(DeepspanError, match="must be int32"):
+        kernel.mla_decode(q, cache, table.long(), lengths, 1.0, 32, 9)

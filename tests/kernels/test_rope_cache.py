@@ -1,0 +1,54 @@
+"""RoPE, latent norm and cache write against their twin. Tolerance: 1 BF16 ulp (sums and products in another order).
+
+Untouched cache slots and everything around the inputs are NaN.
+"""
+
+import pytest
+import torch
+
+from deepspan.backends.torch_triton.kernels import rope_cache as kernel
+from deepspan.models.rope import rope_tables
+from tests.specs import make
+
+
+def frame(*shape: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    """Random numbers as a view inside NaN."""
+    wide = torch.full([size + 2 for size in shape[:-1]] + [shape[-1] + 11], torch.nan, dtype=dtype)
+    inside = [slice(1, size + 1) for size in shape[:-1]]
+    view = wide[(*inside, slice(3, shape[-1] + 3))]
+    view[:] = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return view
+
+
+@pytest.mark.parametrize("latent, rope, heads", [(512, 64, 4), (18, 6, 3), (32, 16, 40)])
+@pytest.mark.parametrize("parts", [None, 1, 3])
+@pytest.mark.parametrize("page", [64, 5])
+def test_equals_its_twin(latent, rope, heads, parts, page):
+    tokens = 4
+    shape = (tokens, latent + rope) if parts is None else (tokens, parts, latent + rope)
+    kv = frame(*shape, dtype=torch.float32 if parts else torch.bfloat16)
+    q = frame(tokens, heads, rope, seed=1)
+    weight = torch.rand(latent) + 0.5
+    positions = torch.tensor([0, 255, 7, 8], dtype=torch.int32)
+    slots = torch.tensor([3 * page, page - 1, -1, 2 * page + 3], dtype=torch.int64)
+    cos, sin = (torch.from_numpy(table) for table in rope_tables(make(qk_rope_head_dim=rope), 256))
+    results = []
+    for write in (kernel.rope_cache, kernel.rope_cache_eager):
+        cache = torch.full((4, page + 1, latent + rope + 7), torch.nan).bfloat16()[:, :page, : latent + rope]
+        out = torch.full((tokens, heads, latent + rope), torch.nan).bfloat16()
+        write(kv, weight, 1e-6, q, out[:, :, latent:], positions, slots, cos, sin, cache)
+        results.append((cache, out))
+    (cache, out), (cache_twin, out_twin) = results
+    torch.testing.assert_close(cache, cache_twin, rtol=2**-7, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(out, out_twin, rtol=2**-7, atol=1e-6, equal_nan=True)
+    assert int(cache.isfinite().all(-1).sum()) == 3
+
+
+def test_queries_may_be_rotated_in_place():
+    q, kv = frame(1, 4, 16), frame(1, 48)
+    cos, sin = (torch.from_numpy(table) for table in rope_tables(make(qk_rope_head_dim=16), 9))
+    at = torch.tensor([8]), torch.tensor([0])
+    expected, cache = torch.empty(1, 4, 16).bfloat16(), torch.empty(1, 4, 48).bfloat16()
+    kernel.rope_cache_eager(kv, torch.ones(32), 1e-6, q, expected, *at, cos, sin, cache)
+    kernel.rope_cache(kv, torch.ones(32), 1e-6, q, q, *at, cos, sin, cache)
+    torch.testing.assert_close(q, expected, rtol=2**-7, atol=1e-6)
