@@ -24,7 +24,7 @@ from ..runtime import open_run, read_run
 from ..tasks import TASKS
 
 # Backend -> the shipped run that shows it.
-RUNS = {"reference": "demo_reference", "torch_triton": "demo_torch_cpu"}
+RUNS = {"reference": "demo_reference", "torch_triton": "demo_torch_cpu", "mindspore_ascend": "demo_mindspore_cpu"}
 SUMS = 20
 BEIJING = "请介绍一下北京的景点"
 SHOWN_SUMS = 3

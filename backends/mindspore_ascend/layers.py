@@ -1,0 +1,59 @@
+"""Linear layers, the embedding and the feed-forward layer; every matrix is [out, in].
+
+Shape letters: T tokens, D hidden, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from .ops import OpSet
+from .parallel import SumOverRanks
+from .weights import Piece, RankWeights
+
+
+class Linear(nn.Cell):
+    """x W^T."""
+
+    def __init__(self, weight: Parameter):
+        super().__init__(auto_prefix=False)
+        self.weight = weight
+        self.product = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+
+class Embedding(nn.Cell):
+    """Rows of a table whose vocabulary is split between the ranks."""
+
+    def __init__(self, source: RankWeights, name: str, canonical: str):
+        super().__init__(auto_prefix=False)
+        self.table = source.matrix(name, Piece(canonical))
+        self.split = source.ranks > 1
+        self.first = source.first_token
+        self.rows = self.table.shape[0]
+        self.total = SumOverRanks(source.ranks)
+
+    def construct(self, token_ids_T: Tensor) -> Tensor:
+        if not self.split:
+            return ops.gather(self.table, token_ids_T, 0)
+        row_T = token_ids_T - self.first
+        mine_T = ops.logical_and(row_T >= 0, row_T < self.rows)
+        x_TD = ops.gather(self.table, row_T * mine_T.astype(ms.int32), 0)
+        return self.total(x_TD * mine_T.astype(x_TD.dtype).expand_dims(1))
+
+
+class FeedForward(nn.Cell):
+    """SwiGLU. The result is this rank's share of the sum over ranks, which the caller takes."""
+
+    def __init__(self, source: RankWeights, op_set: OpSet, name: str, canonical: str):
+        super().__init__(auto_prefix=False)
+        gate_up = (Piece(f"{canonical}.gate_proj.weight"), Piece(f"{canonical}.up_proj.weight"))
+        self.gate_up = Linear(source.matrix(f"{name}.w_gate_hidden.weight", *gate_up))
+        self.activate = op_set.SwiGLU()
+        self.down = Linear(source.matrix(f"{name}.w2.weight", Piece(f"{canonical}.down_proj.weight")))
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        return self.down(self.activate(self.gate_up(x_TD)))

@@ -1,0 +1,233 @@
+"""Every fused operator written out in plain ones: what runs on a CPU, and the definition of the fused operator.
+
+Mixtures of experts multiply every row by every expert and keep its own: right for small models, and the only form with
+static shapes that plain operators allow.
+
+Shape letters: T tokens, H heads, X cache entry (latent and rope key), C latent, R rope dim, S visible positions, D
+hidden, E experts, K experts a token, N rows sorted by expert (T times K), F features, B sequences, M blocks, G groups.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from ....models.routing import NORMALISE_EPSILON
+from ....models.spec import ModelSpec
+
+MASKED = float("-inf")
+PREFILL_TOKENS = 512  # prompts run in parts of so many tokens: scores are all queries times all keys of a part
+
+
+class RmsNorm(nn.Cell):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis; statistics in FP32."""
+
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.eps = eps
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.astype(ms.float32)
+        wide = wide * ops.rsqrt((wide * wide).mean(-1, keep_dims=True) + self.eps)
+        return (wide * weight.astype(ms.float32)).astype(x.dtype)
+
+
+class AddRmsNorm(nn.Cell):
+    """(norm of the sum, the sum) of a block's output and the residual stream."""
+
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.norm = RmsNorm(eps)
+
+    def construct(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.norm(total, weight), total
+
+
+class Rotate(nn.Cell):
+    """RoPE on halves: queries [T, H * R] and keys [T, R] with FP32 tables [T, R], whose two halves are equal."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__(auto_prefix=False)
+        self.heads = heads
+        self.width = width
+        self.half = width // 2
+
+    def construct(
+        self, q_TX: Tensor, k_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor, query_lens_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        q_THR = self.turn(q_TX.reshape(-1, self.heads, self.width), cos_TR.expand_dims(1), sin_TR.expand_dims(1))
+        return q_THR.reshape(-1, self.heads * self.width), self.turn(k_TR, cos_TR, sin_TR)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = x.astype(ms.float32)
+        turned = ops.concat((-wide[..., self.half :], wide[..., : self.half]), -1)
+        return (wide * cos + turned * sin).astype(x.dtype)
+
+
+def cache_shape(blocks: int, block_size: int, width: int) -> tuple[int, ...]:
+    """One row a slot: the plain operator that writes rows in place has a single index."""
+    return (blocks * block_size, width)
+
+
+class WriteCache(nn.Cell):
+    """Store entries [T, X] in the cache's slots."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.update = ops.ScatterUpdate()
+
+    def construct(self, cache: Tensor, entries_TX: Tensor, slots_T: Tensor) -> Tensor:
+        return self.update(cache, slots_T, entries_TX)
+
+
+class ReadCache(nn.Cell):
+    """Entries [S, X] of the cache's slots."""
+
+    def construct(self, cache: Tensor, slots_S: Tensor) -> Tensor:
+        return ops.gather(cache, slots_S, 0)
+
+
+class PrefillAttention(nn.Cell):
+    """Causal attention of several sequences laid one after the other.
+
+    The queries of sequence b end at row ``query_ends_B[b]``, its keys at ``key_ends_B[b]``; its last query sees all its
+    keys, the one before it all but one, and so on.
+    """
+
+    def __init__(self, heads: int, scale: float):
+        super().__init__(auto_prefix=False)
+        self.scale = scale
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+
+    def construct(
+        self, q_THX: Tensor, k_SHX: Tensor, v_SHV: Tensor, query_ends_B: Tensor, key_ends_B: Tensor
+    ) -> Tensor:
+        """[T, H * V] from queries and keys of one width."""
+        scores_HTS = self.scores(q_THX.transpose(1, 0, 2), k_SHX.transpose(1, 0, 2)).astype(ms.float32) * self.scale
+        hidden_TS = self.hidden(q_THX.shape[0], k_SHX.shape[0], query_ends_B, key_ends_B)
+        weights_HTS = ops.softmax(scores_HTS.masked_fill(hidden_TS.expand_dims(0), MASKED), -1).astype(v_SHV.dtype)
+        y_THV = self.mix(weights_HTS, v_SHV.transpose(1, 0, 2)).transpose(1, 0, 2)
+        return y_THV.reshape(-1, v_SHV.shape[1] * v_SHV.shape[2])
+
+    def hidden(self, queries: int, keys: int, query_ends_B: Tensor, key_ends_B: Tensor) -> Tensor:
+        """True where a query may not look: another sequence's keys, and later ones of its own."""
+        query_T1 = ops.arange(queries).astype(ms.int32).expand_dims(1)
+        key_S1 = ops.arange(keys).astype(ms.int32).expand_dims(1)
+        sequence_T = (query_T1 >= query_ends_B).astype(ms.int32).sum(1)
+        sequence_S = (key_S1 >= key_ends_B).astype(ms.int32).sum(1)
+        query_from_end_T = query_T1.squeeze(1) - ops.gather(query_ends_B, sequence_T, 0)
+        key_from_end_S = key_S1.squeeze(1) - ops.gather(key_ends_B, sequence_S, 0)
+        foreign_TS = ops.not_equal(sequence_T.expand_dims(1), sequence_S.expand_dims(0))
+        later_TS = key_from_end_S.expand_dims(0) > query_from_end_T.expand_dims(1)
+        return ops.logical_or(foreign_TS, later_TS)
+
+
+class DecodeAttention(nn.Cell):
+    """Multi-query attention of single tokens on the cached latent itself (absorbed MLA)."""
+
+    def __init__(self, heads: int, scale: float, latent: int, block_size: int):
+        super().__init__(auto_prefix=False)
+        self.scale = scale
+        self.latent = latent
+        self.block_size = block_size
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+
+    def construct(self, q_THX: Tensor, cache: Tensor, tables_TM: Tensor, visible_T: Tensor) -> Tensor:
+        """[T, H, C]: token t sees the first ``visible_T[t]`` slots of the blocks ``tables_TM[t]``."""
+        inside = ops.arange(self.block_size).astype(ms.int32)
+        slots_TS = (tables_TM.expand_dims(2) * self.block_size + inside).reshape(tables_TM.shape[0], -1)
+        entries_TSX = ops.gather(cache, slots_TS, 0)
+        scores_THS = self.scores(q_THX, entries_TSX).astype(ms.float32) * self.scale
+        beyond_TS = ops.arange(slots_TS.shape[1]).astype(ms.int32).expand_dims(0) >= visible_T.expand_dims(1)
+        weights_THS = ops.softmax(scores_THS.masked_fill(beyond_TS.expand_dims(1), MASKED), -1).astype(q_THX.dtype)
+        return self.mix(weights_THS, entries_TSX[:, :, : self.latent])
+
+
+class Route(nn.Cell):
+    """`models.routing.route`: FP32 weights [T, K] and int32 expert indices [T, K] from FP32 logits [T, E]."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__(auto_prefix=False)
+        self.sigmoid = spec.scoring_func == "sigmoid"
+        self.experts = spec.n_routed_experts
+        self.kept = spec.num_experts_per_tok
+        self.groups = 1 if spec.topk_method == "greedy" else spec.n_group
+        self.kept_groups = spec.topk_group
+        self.best_two = spec.topk_method == "noaux_tc"
+        self.normalise = spec.norm_topk_prob and (self.kept > 1 or spec.scales_normalised_weights)
+        self.factor = 1.0 if self.normalise and not spec.scales_normalised_weights else spec.routed_scaling_factor
+        self.masked = MASKED if self.best_two else 0.0  # biased scores may be negative
+
+    def construct(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores_TE = ops.sigmoid(logits_TE) if self.sigmoid else ops.softmax(logits_TE, -1)
+        choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+        if self.groups > 1:
+            choice_TE = self.limit_groups(choice_TE)
+        _, index_TK = ops.topk(choice_TE, self.kept)
+        weight_TK = ops.gather_d(scores_TE, 1, index_TK)
+        if self.normalise:
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdims=True) + float(NORMALISE_EPSILON))
+        return weight_TK * self.factor, index_TK
+
+    def limit_groups(self, choice_TE: Tensor) -> Tensor:
+        choice_TGX = choice_TE.reshape(-1, self.groups, self.experts // self.groups)
+        group_TG = ops.topk(choice_TGX, 2)[0].sum(-1) if self.best_two else choice_TGX.max(-1)
+        _, index_TK = ops.topk(group_TG, self.kept_groups)
+        kept_TG = ops.one_hot(index_TK, self.groups, Tensor(1, ms.int32), Tensor(0, ms.int32)).sum(1)
+        return choice_TGX.masked_fill((kept_TG == 0).expand_dims(2), self.masked).reshape(-1, self.experts)
+
+
+class Permute(nn.Cell):
+    """Tokens repeated K times and sorted by expert."""
+
+    def __init__(self, experts: int, kept: int):
+        super().__init__(auto_prefix=False)
+        self.experts = experts
+        self.kept = kept
+
+    def construct(self, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [N, D], where each (token, choice) went [N], and how many rows each expert has [E] (int64)."""
+        expert_N = index_TK.reshape(-1)
+        order_N = ops.argsort(expert_N)
+        place_N = ops.argsort(order_N)
+        counts_E = ops.one_hot(expert_N, self.experts, Tensor(1, ms.int32), Tensor(0, ms.int32)).sum(0)
+        return ops.gather(x_TD, order_N // self.kept, 0), place_N, counts_E.astype(ms.int64)
+
+
+class Unpermute(nn.Cell):
+    """The inverse of `Permute`: the weighted sum [T, D] of each token's K rows, in FP32."""
+
+    def __init__(self, kept: int):
+        super().__init__(auto_prefix=False)
+        self.kept = kept
+
+    def construct(self, rows_ND: Tensor, place_N: Tensor, weight_TK: Tensor) -> Tensor:
+        rows_TKD = ops.gather(rows_ND, place_N, 0).reshape(-1, self.kept, rows_ND.shape[1]).astype(ms.float32)
+        return (rows_TKD * weight_TK.expand_dims(2)).sum(1)
+
+
+class GroupedMatmul(nn.Cell):
+    """Rows [N, D] sorted by expert, each times its expert's matrix of [E, D, F]."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.product = ops.BatchMatMul()
+
+    def construct(self, rows_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+        experts, width = weight_EDF.shape[0], weight_EDF.shape[1]
+        ends_E1 = ops.cumsum(counts_E.astype(ms.float32), 0).expand_dims(1)
+        row_N = ops.arange(rows_ND.shape[0]).astype(ms.float32).expand_dims(0)
+        mine_EN = ops.logical_and(row_N < ends_E1, row_N >= ends_E1 - counts_E.astype(ms.float32).expand_dims(1))
+        every_END = ops.broadcast_to(rows_ND.expand_dims(0), (experts, -1, width))
+        return (self.product(every_END, weight_EDF) * mine_EN.astype(rows_ND.dtype).expand_dims(2)).sum(0)
+
+
+class SwiGLU(nn.Cell):
+    """silu(gate) * up of [gate | up] on the last axis."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return ops.silu(x[..., :half]) * x[..., half:]
