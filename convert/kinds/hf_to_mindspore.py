@@ -8,14 +8,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ...models.dtypes import bf16_to_f32
 from ...models.errors import InputError
 from ...models.layouts.mindspore import InferOptions, inference_targets, training_targets
 from ...models.layouts.placement import TargetTensor
 from ...models.spec import nearest
 from ..allowances import Allowances
+from ..formats import Range
 from ..inventory import main_table
 from ..plan import Plan
+from ..storage import PLAIN
 from .huggingface import companions, plain_config
 from .mindspore import mindspore_outputs, mindspore_shards, name_map
 from .options import Options
@@ -45,7 +49,7 @@ def plan(directory: Path, options: Options) -> Plan:
     allows.check_used()
     files = mindspore_outputs(
         targets,
-        source.weights,
+        _ThroughBf16(source),
         source.params,
         lambda name: [info.name for info in source.weights.stored(name).tensors.values()],
     )
@@ -67,6 +71,18 @@ def plan(directory: Path, options: Options) -> Plan:
         checks=tuple(_check_copy(source, name) for name in left_out),
         close=source.checkpoint.close,
     )
+
+
+class _ThroughBf16:
+    """The source's weights, low-bit ones rounded to BF16 whatever follows, as a cast before the conversion would."""
+
+    def __init__(self, source: HuggingFaceSource):
+        self._weights = source.weights
+
+    def read(self, name: str, dtype: str, rows: Range | None = None, cols: Range | None = None) -> NDArray:
+        if dtype == "bf16" or self._weights.format(name) in PLAIN.values():
+            return self._weights.read(name, dtype, rows, cols)
+        return bf16_to_f32(self._weights.read(name, "bf16", rows, cols))
 
 
 def _targets(source: HuggingFaceSource, layout: str, options: Options) -> list[TargetTensor]:

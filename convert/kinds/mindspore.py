@@ -51,11 +51,11 @@ def open_mindspore(directory: Path, options: Options, allows: Allowances) -> Min
     checkpoint = AllowedCheckpoint.open(directory, reader)
     try:
         checkpoint.make_exceptions(allows, (1, 1))
-        _check_name_map(directory, checkpoint.headers)
         layout = recognise(checkpoint.headers.keys(), checkpoint.tensors.keys())
         if layout is None or not layout.startswith("mindspore_"):
             what = f"not a MindSpore layout of DeepSeek-V3, but {layout or 'unknown'}"
             raise InputError(what, str(directory), "see deepspan inspect")
+        _check_name_map(directory, checkpoint.headers)
         targets, has_mtp = _targets(layout, spec, checkpoint)
         _check_tensors(targets, checkpoint, allows)
         table = {param.name: param for param in parameters(spec, mtp=has_mtp)}

@@ -61,6 +61,11 @@ class InferOptions:
     mtp_names: bool = False
 
 
+def _rope_order(spec: ModelSpec) -> NDArray[np.int64]:
+    """Rotary rows as halves: weights that a model rotates as halves already keep their order."""
+    return deinterleaved(spec.qk_rope_head_dim) if spec.rope_interleave else np.arange(spec.qk_rope_head_dim)
+
+
 class _Layer:
     """Names, shapes and row orders of one layer, shared by the three layouts."""
 
@@ -81,14 +86,14 @@ class _Layer:
 
     def rope_rows(self) -> NDArray[np.int64]:
         """Rotary rows of one head, even then odd, counted from the head's first row."""
-        return self.spec.qk_nope_head_dim + deinterleaved(self.spec.qk_rope_head_dim)
+        return self.spec.qk_nope_head_dim + _rope_order(self.spec)
 
     def query_rows(self) -> NDArray[np.int64]:
         inside = np.concatenate([np.arange(self.spec.qk_nope_head_dim), self.rope_rows()])
         return head_rows(self.spec.num_attention_heads, self.spec.qk_head_dim, inside)
 
     def latent_rows(self) -> NDArray[np.int64]:
-        rope = self.spec.kv_lora_rank + deinterleaved(self.spec.qk_rope_head_dim)
+        rope = self.spec.kv_lora_rank + _rope_order(self.spec)
         return np.concatenate([np.arange(self.spec.kv_lora_rank), rope])
 
     def kv_b_rows(self, value: bool) -> NDArray[np.int64]:
@@ -246,7 +251,7 @@ def _training_attention(layer: _Layer) -> Iterator[TargetTensor]:
         yield _one(f"attention.{prefix}_{name}_proj.weight", "", layer, Placement(query, rows))
     latent, rank = f"{layer.canonical}self_attn.kv_a_proj_with_mqa.weight", spec.kv_lora_rank
     yield _one("attention.kv2l_latent_kv.weight", "", layer, Placement(latent, np.arange(rank)))
-    rope = rank + deinterleaved(spec.qk_rope_head_dim)
+    rope = rank + _rope_order(spec)
     yield _one("attention.kv2l_k_pe.weight", "", layer, Placement(latent, rope))
     yield from _kv_b(layer)
 

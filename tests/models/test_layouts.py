@@ -68,6 +68,12 @@ def test_rope_rows_are_even_then_odd():
     assert moved.tolist() == [*range(18), 18, 20, 22, 19, 21, 23]
 
 
+def test_rope_rows_that_are_halves_already_keep_their_order():
+    spec = SPECS["v3, half-split rope, odd heads"]
+    (target,) = (t for t in inference_targets(spec) if t.name == "model.layers.0.attention.kv2l.weight")
+    assert target.placements[0].rows.tolist() == list(range(spec.latent_dim))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SPECS)
 def test_every_element_moves_once_and_comes_back(name, layout):
