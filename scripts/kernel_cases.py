@@ -1,0 +1,272 @@
+"""What `bench_kernels.py` times: launches of every decode kernel at DeepSeek-V3 sizes, with the bytes they must move.
+
+Weights and caches come in several copies that launches take turns with, so that none is in the chip's cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepspan.backends.torch_triton.kernels import experts, fp8_linear, mla_decode, quant, rope_cache, router
+from deepspan.models.catalog import load_spec
+
+FP8 = torch.float8_e4m3fn
+DENSE = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (7168, 18432))
+LATENT, ROPE, PAGE = 512, 64, 64
+
+
+class Setting(NamedTuple):
+    device: torch.device
+    sweep: bool  # other configurations than the chosen ones too
+    copies_of: int = 1 << 29  # bytes that together no cache holds
+    experts: int = 257
+
+
+class Case(NamedTuple):
+    """``runs`` are equal launches on different data; ``error`` is a relative norm against the eager twin."""
+
+    kernel: str
+    shape: str
+    config: str
+    moved: int  # bytes
+    operations: int
+    runs: Sequence[Callable[[], object]]
+    error: Callable[[], float] | None = None
+
+
+def _codes(device: torch.device, *shape: int) -> Tensor:
+    """Random e4m3 codes of all magnitudes up to 240, none NaN."""
+    raw = torch.randint(0, 240, shape, dtype=torch.uint8, device=device)
+    return raw.add_((raw >= 120).to(torch.uint8).mul_(8)).view(FP8)
+
+
+def _scales(device: torch.device, *shape: int) -> Tensor:
+    return torch.rand(shape, device=device) * 1e-3
+
+
+def _rows(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).bfloat16()
+
+
+def _distance(run: Callable[[], Tensor], twin: Callable[[], Tensor], add: bool = False) -> float:
+    """``add``: both are partial results over dimension 1, or may be."""
+    got, want = run().double(), twin().double()
+    if add:
+        got, want = (x.sum(1) if x.dim() == 3 else x for x in (got, want))
+    return float((got - want).norm() / want.norm())
+
+
+# Dense products -------------------------------------------------------------------------------------------------------
+
+
+def dense(setting: Setting) -> Iterator[Case]:
+    for (outputs, inputs), rows in itertools.product(DENSE, (1, 8, 64)):
+        yield from _dense(setting, outputs, inputs, rows, gated=False)
+    for rows in (1, 8, 64):
+        yield from _dense(setting, 36864, 7168, rows, gated=True)
+
+
+def _dense(setting: Setting, outputs: int, inputs: int, rows: int, gated: bool) -> Iterator[Case]:
+    size = outputs * inputs
+    device = setting.device
+    weights = [
+        (_codes(device, outputs, inputs), _scales(device, -(-outputs // 128), inputs // 128))
+        for _ in range(1 + setting.copies_of // size)
+    ]
+    x = quant.quantise(_rows(device, rows, inputs))
+    twin = partial(fp8_linear.fp8_linear_eager, x, *weights[0], gated=gated)
+    width = outputs // 2 if gated else outputs
+    for label, config, splits in _dense_configs(setting, width, inputs, rows, gated):
+        runs = [
+            partial(fp8_linear.fp8_linear, x, *weight, gated=gated, splits=splits, config=config) for weight in weights
+        ]
+        yield Case(
+            "fp8_linear gated" if gated else "fp8_linear",
+            f"{outputs}x{inputs} M{rows}",
+            f"{label} {tuple(config)} splits {splits}",
+            size + rows * (inputs + (4 * splits if splits else 2) * width),
+            2 * rows * size,
+            runs,
+            partial(_distance, runs[0], twin, add=True),
+        )
+
+
+def _dense_configs(
+    setting: Setting, width: int, inputs: int, rows: int, gated: bool
+) -> Iterator[tuple[str, fp8_linear.Config, int | None]]:
+    chip = quant.chip_of(setting.device)
+    chosen = fp8_linear.choose(rows, width, chip)
+    splits = fp8_linear.splits_for(width, inputs, rows, chip)
+    yield "chosen", chosen, None
+    if not gated and splits > 1:
+        yield "chosen", chosen, splits
+    if not setting.sweep:
+        return
+    if rows == 1:
+        for block_n, warps in itertools.product((2, 4, 8) if gated else (4, 8, 16), (1, 2, 4, 8)):
+            yield "sweep", fp8_linear.Config(1, block_n, warps), None
+        return
+    for block_n, stages, parts in itertools.product((64, 128), (4, 8), (None,) if gated else (None, 2, 4, 8)):
+        config = fp8_linear.Config(max(16, rows), block_n // 2 if gated else block_n, 4, stages)
+        if (block_n + rows) * 128 * stages < 200 << 10:
+            yield "sweep", config, parts
+
+
+# Experts --------------------------------------------------------------------------------------------------------------
+
+
+def grouped(setting: Setting) -> Iterator[Case]:
+    device, count = setting.device, setting.experts
+    stack = experts.Stack(
+        _codes(device, count, 4096, 7168), _scales(device, count, 32, 56),
+        _codes(device, count, 7168, 2048), _scales(device, count, 56, 16),
+    )  # fmt: skip
+    for tokens in (1, 8, 32, 128):
+        yield from _experts(setting, stack, tokens)
+
+
+def _choices(setting: Setting, tokens: int) -> Tensor:
+    """Eight routed experts for each token, evenly, and the shared one, the last."""
+    routed = torch.rand(tokens, setting.experts - 1, device=setting.device).topk(8).indices
+    return torch.cat([routed, torch.full_like(routed[:, :1], setting.experts - 1)], 1).int()
+
+
+def _experts(setting: Setting, stack: experts.Stack, tokens: int) -> Iterator[Case]:
+    choices = [_choices(setting, tokens) for _ in range(8)]
+    weights = torch.rand(tokens, 9, device=setting.device)
+    x = quant.quantise(_rows(setting.device, tokens, 7168))
+    chosen = experts.choose(tokens, quant.chip_of(setting.device))
+    tiles = [experts.group(ids, setting.experts, chosen) if tokens > 1 else None for ids in choices]
+    wide = experts.gate_up(x, choices[0], stack, tiles[0])
+    h = quant.quantise(wide) if tokens > 1 else wide
+    hit = sum(len(ids.unique()) for ids in choices) / len(choices)  # the copies differ; bytes are their mean
+    pairs = 9 * tokens
+    shape = f"T{tokens}, {hit:.1f} experts"
+    if tokens > 1:
+        groupings = [partial(experts.group, ids, setting.experts, chosen) for ids in choices]
+        yield Case("experts.group", shape, "chosen", 8 * pairs, 0, groupings)
+    for label, config in [("chosen", chosen), *(_experts_sweep(chosen) if setting.sweep else [])]:
+        name = f"{label} {tuple(config)}"
+        arguments = list(zip(choices, tiles, strict=True))
+        ups = [partial(experts.gate_up, x, ids, stack, tile, config) for ids, tile in arguments]
+        up_twin = partial(experts.gate_up_eager, x, choices[0], stack)
+        yield Case(
+            "experts.gate_up", shape, name, int(hit * 4096 * 7168) + tokens * 7168 + pairs * 4096,
+            2 * pairs * 4096 * 7168, ups, partial(_distance, ups[0], up_twin),
+        )  # fmt: skip
+        downs = [partial(experts.down, h, ids, weights, stack, tile, config=config) for ids, tile in arguments]
+        down_twin = partial(experts.down_eager, h, choices[0], weights, stack)
+        yield Case(
+            "experts.down", shape, name, int(hit * 7168 * 2048) + pairs * (4096 + (4 * 7168 if tokens > 1 else 0)),
+            2 * pairs * 7168 * 2048, downs, partial(_distance, downs[0], down_twin, add=True),
+        )  # fmt: skip
+
+
+def _experts_sweep(chosen: experts.Config) -> list[tuple[str, experts.Config]]:
+    if chosen.block_m == 1:
+        up = ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 1), (2, 4))
+        down = ((8, 2), (8, 4), (8, 8), (16, 2), (16, 4), (4, 4), (4, 8), (16, 8))
+        return [("sweep", experts.Config(1, *a, *b)) for a, b in zip(up, down, strict=True)]
+    matrix = itertools.product((32, 64), (4, 8), (3, 5, 7))
+    return [
+        ("sweep", experts.Config(chosen.block_m, block_n, warps, 2 * block_n, warps, stages))
+        for block_n, warps, stages in matrix
+        if (2 * block_n + chosen.block_m) * 128 * stages < 200 << 10
+    ]
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def attention(setting: Setting) -> Iterator[Case]:
+    for batch, context, heads in (
+        (1, 1024, 128), (1, 8192, 128), (1, 65536, 128), (32, 4096, 128), (128, 1024, 128), (128, 4096, 128),
+        (128, 4096, 16), (128, 8192, 16),
+    ):  # fmt: skip
+        yield from _attention(setting, batch, context, heads)
+
+
+def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterator[Case]:
+    device = setting.device
+    size = batch * context * (LATENT + ROPE) * 2
+    pages = batch * context // PAGE
+    caches = [
+        (
+            _rows(device, pages, PAGE, LATENT + ROPE),
+            torch.randperm(pages, device=device).int().view(batch, -1),
+            torch.full((batch,), context, dtype=torch.int32, device=device),
+        )
+        for _ in range(1 + setting.copies_of // size)
+    ]
+    q = _rows(device, batch, heads, LATENT + ROPE)
+    chip = quant.chip_of(device)
+    parts = mla_decode.parts_for(batch, heads, context, chip)
+    chosen = ("chosen", mla_decode.choose(heads, chip), parts)
+    for label, config, part in [chosen, *(_attention_sweep(heads, parts) if setting.sweep else [])]:
+        runs = [partial(mla_decode.mla_decode, q, *cache, 0.04, LATENT, context, part, config) for cache in caches]
+        yield Case(
+            "mla_decode",
+            f"{batch} x {context}, {heads} heads",
+            f"{label} {tuple(config)} parts {part}",
+            size + batch * heads * (2 * LATENT + ROPE) * 2,
+            2 * batch * context * heads * (2 * LATENT + ROPE),
+            runs,
+            partial(_distance, runs[0], partial(mla_decode.mla_decode_eager, q, *caches[0], 0.04, LATENT)),
+        )
+
+
+def _attention_sweep(heads: int, parts: int) -> list[tuple[str, mla_decode.Config, int]]:
+    if heads <= 16:
+        tiles = [(16, 32, 4, 2), (16, 32, 4, 3), (16, 64, 4, 2), (16, 64, 8, 2), (16, 32, 8, 4)]
+    else:
+        tiles = [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 1)]
+    configs = [mla_decode.Config(*tile) for tile in tiles]
+    return [("sweep", config, part) for config in configs for part in sorted({parts, 2 * parts, max(1, parts // 2)})]
+
+
+# Small kernels --------------------------------------------------------------------------------------------------------
+
+
+def small(setting: Setting) -> Iterator[Case]:
+    """Norms, the router, RoPE with the cache write: microseconds of latency rather than bytes."""
+    device = setting.device
+    spec = load_spec("deepseek_v3")
+    weight, bias = _rows(device, 256, 7168), torch.randn(256, device=device)
+    norm, latent_norm = torch.rand(7168, device=device), torch.rand(LATENT, device=device)
+    cos, sin = torch.rand(4096, 32, device=device), torch.rand(4096, 32, device=device)
+    for tokens in (1, 8, 64):
+        x = _rows(device, tokens, 7168)
+        for parts in (1, 9):
+            branch = torch.randn(tokens, parts, 7168, device=device)
+            add_norm = partial(quant.add_norm_quantise, branch, x, norm, 1e-6)
+            yield Case(
+                "add_norm_quantise", f"T{tokens} P{parts}", "chosen", tokens * 7168 * (4 * parts + 5), 0, [add_norm]
+            )
+        room = router.scratch(tokens, 256, device)
+        route = partial(_router_weights, x, weight, bias, spec, room)
+        route_twin = partial(_router_twin, x, weight, bias, spec)
+        moved = weight.numel() * 2 + tokens * 7168 * 2
+        error = partial(_distance, route, route_twin)
+        yield Case("router", f"T{tokens}", "chosen", moved, 2 * tokens * weight.numel(), [route], error)
+        kv, q = torch.randn(tokens, 8, 576, device=device), _rows(device, tokens, 128, 192)[:, :, 128:]
+        at = torch.arange(tokens, device=device)
+        cache = _rows(device, tokens, PAGE, LATENT + ROPE)
+        rope = partial(rope_cache.rope_cache, kv, latent_norm, 1e-6, q, q, at, at, cos, sin, cache)
+        yield Case("rope_cache", f"T{tokens} P8", "chosen", tokens * (8 * 576 * 4 + 576 * 2 + 128 * 64 * 4), 0, [rope])
+
+
+def _router_weights(*arguments: object) -> Tensor:
+    return router.choose_experts(*arguments).weights  # type: ignore[arg-type]
+
+
+def _router_twin(*arguments: object) -> Tensor:
+    return router.choose_experts_eager(*arguments).weights  # type: ignore[arg-type]
+
+
+GROUPS = {"dense": dense, "experts": grouped, "attention": attention, "small": small}
