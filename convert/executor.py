@@ -142,6 +142,7 @@ class _Stream:
                     is_last = writer.write(output, start, rows)
                     with self._lock:
                         self.written += rows.nbytes
+                    del rows  # not held while the next ones are made
                     if is_last:
                         self._finish(writer)
         except BaseException as error:

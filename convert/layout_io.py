@@ -7,7 +7,7 @@ rows of a source into a region of the target, both ways through `Placement`'s fi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -27,6 +27,7 @@ from .safetensors import Reader, TensorInfo
 
 _READ_AS = {"BF16": "bf16", "F32": "f32", "F16": "f32"}
 _TILE = 128  # a square of 16-bit elements that stays in the second-level cache, twice
+_RUN = 1 << 20  # elements that are turned at a time
 
 
 class CanonicalReader(Protocol):
@@ -47,7 +48,6 @@ def target_output(
     for placement in target.placements:
         placed[placement.index or 0].append(placement)
     is_transposed = any(placement.transpose for placement in target.placements)
-    largest = max(prod(shapes[placement.source]) for placement in target.placements)
     read_bytes = 1 + result_dtype(_READ_AS[target.dtype]).itemsize  # a stored code and its value
     return Output(
         name=target.name,
@@ -58,7 +58,7 @@ def target_output(
         rows=prod(target.shape[:-1]) if len(target.shape) > 1 else target.shape[0],
         unit=matrix[0] if is_transposed else 1,
         # rows that are gathered lie among up to three times as many
-        work_bytes=read_bytes * (largest if is_transposed else 3 * prod(target.shape[1:])),
+        work_bytes=read_bytes * (max(_RUN, _TILE * matrix[0]) if is_transposed else 3 * prod(target.shape[1:])),
     )
 
 
@@ -79,29 +79,43 @@ def _make_rows(
         first = index * height
         low, high = max(start, first), min(stop, first + height)
         for placement in placed[index]:
-            shape = placement.piece_shape(shapes[placement.source])
-            top = first + placement.offset[0]
-            begin, end = max(low, top), min(high, top + shape[0])
+            top, left = first + placement.offset[0], placement.offset[1]
+            height_of_piece = placement.piece_shape(shapes[placement.source])[0]
+            begin, end = max(low, top), min(high, top + height_of_piece)
             if begin < end:
-                piece = _take_rows(placement, weights, dtype, (begin - top, end - top))
-                left = placement.offset[1]
-                columns = slice(left, left + piece.shape[1])
-                _copy(out[begin - start : end - start, columns], piece)
+                rows = out[begin - start : end - start]
+                for column, piece in _pieces(placement, weights, dtype, (begin - top, end - top), shapes):
+                    _copy(rows[:, left + column : left + column + piece.shape[1]], piece)
     return _as_f16(out, target.name) if target.dtype == "F16" else out
 
 
-def _take_rows(placement: Placement, weights: CanonicalReader, dtype: str, rows: Range) -> NDArray:
-    """Rows of a piece as it lies in the target, always with two axes."""
-    if placement.transpose:
-        first = placement.columns[0] if placement.columns else 0
-        source = weights.read(placement.source, dtype, None, (first + rows[0], first + rows[1]))
-        return (source if placement.rows is None else source[placement.rows]).T
+def _pieces(
+    placement: Placement, weights: CanonicalReader, dtype: str, rows: Range, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[int, NDArray]]:
+    """Rows of a piece as it lies in the target, always with two axes, in runs of columns: (first column, run)."""
+    if not placement.transpose:
+        yield 0, _chosen_rows(placement, weights, dtype, rows, placement.columns)
+        return
+    # The target's columns are the source's rows: some at a time, so that only these are held beside the target.
+    first = placement.columns[0] if placement.columns else 0
+    columns = first + rows[0], first + rows[1]
+    height = shapes[placement.source][0] if placement.rows is None else len(placement.rows)
+    step = _TILE * max(1, _RUN // (_TILE * (rows[1] - rows[0])))
+    for start in range(0, height, step):
+        run = start, min(start + step, height)
+        yield start, _chosen_rows(placement, weights, dtype, run, columns).T
+
+
+def _chosen_rows(
+    placement: Placement, weights: CanonicalReader, dtype: str, rows: Range, columns: Range | None
+) -> NDArray:
+    """A run of the source's rows in the placement's order."""
     if placement.rows is None:
-        source = weights.read(placement.source, dtype, rows, placement.columns)
+        source = weights.read(placement.source, dtype, rows, columns)
     else:
         chosen = placement.rows[slice(*rows)]
         span = int(chosen.min()), int(chosen.max()) + 1
-        source = weights.read(placement.source, dtype, span, placement.columns)[chosen - span[0]]
+        source = weights.read(placement.source, dtype, span, columns)[chosen - span[0]]
     return source if source.ndim == 2 else source[:, None]
 
 

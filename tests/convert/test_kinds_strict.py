@@ -106,9 +106,14 @@ def test_a_plain_checkpoint_is_copied_with_a_note(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "message"), [(None, "give --mp N"), (5, "5 ranks cannot share 16 experts"), (0, "0 ranks"),
-                           (16, "16 ranks cannot share dimension 0 of model.layers.0.mlp.gate_proj.weight, which is 520")]
-)  # fmt: skip
+    ("ranks", "message"),
+    [
+        (None, "give --mp N"),
+        (5, "5 ranks cannot share 16 experts"),
+        (0, "0 ranks"),
+        (16, "16 ranks cannot share dimension 0 of model.layers.0.mlp.gate_proj.weight, which is 520"),
+    ],
+)
 def test_rank_counts_that_do_not_divide(ranks, message):
     refused("hf-to-demo", DEMO, message, ranks=ranks)
 
