@@ -87,7 +87,7 @@ def relative_norm(got, wanted):
 
 
 def median_token_difference(got, wanted):
-    """The median token's relative norm: where rounding tips a router's choice, a token differs by as much as it likes."""
+    """The median token's relative norm: where rounding tips a router's choice, one token may differ by any amount."""
     assert got.shape == wanted.shape
     return float(np.median(np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1)))
 
