@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...models.layouts.placement import deinterleaved, head_rows
 from ...models.rope import softmax_scale
 from ...models.spec import ModelSpec
-from .layers import Linear
+from .layers import make_linear
 from .ops import OpSet
 from .parallel import SumOverRanks
 from .weights import Piece, RankWeights
@@ -47,15 +47,15 @@ class Attention(nn.Cell):
         query_rows = _query_rows(spec, self.heads)
         if self.query_latent:
             pieces = Piece(f"{canonical}.q_a_proj.weight"), latent
-            self.down = Linear(source.matrix(f"{name}.qkv2l.weight", *pieces))
+            self.down = make_linear(source, op_set, f"{name}.qkv2l", *pieces)
             self.query_norm = op_set.RmsNorm(eps)
             self.query_norm_weight = source.vector(f"{name}.lq_norm.weight", f"{canonical}.q_a_layernorm.weight")
             up = Piece(f"{canonical}.q_b_proj.weight", query_rows)
-            self.up = Linear(source.matrix(f"{name}.l2q_proj.weight", up))
+            self.up = make_linear(source, op_set, f"{name}.l2q_proj", up)
         else:
-            self.down = Linear(source.matrix(f"{name}.kv2l.weight", latent))
+            self.down = make_linear(source, op_set, f"{name}.kv2l", latent)
             direct = Piece(f"{canonical}.q_proj.weight", query_rows)
-            self.up = Linear(source.matrix(f"{name}.q_proj.weight", direct))
+            self.up = make_linear(source, op_set, f"{name}.q_proj", direct)
         self.latent_norm = op_set.RmsNorm(eps)
         self.latent_norm_weight = source.vector(f"{name}.lkv_norm.weight", f"{canonical}.kv_a_layernorm.weight")
         kv_b, width = f"{canonical}.kv_b_proj.weight", self.nope + self.value
@@ -63,7 +63,7 @@ class Attention(nn.Cell):
         value_rows = head_rows(self.heads, width, np.arange(self.nope, width))
         self.key_up = source.matrix(f"{name}.lkv2kv_k_nope.weight", Piece(kv_b, key_rows))
         self.value_up = source.matrix(f"{name}.lkv2kv_v.weight", Piece(kv_b, value_rows))
-        self.out = Linear(source.matrix(f"{name}.wo.weight", Piece(f"{canonical}.o_proj.weight")))
+        self.out = make_linear(source, op_set, f"{name}.wo", Piece(f"{canonical}.o_proj.weight"))
 
     def construct(self, x_TD: Tensor, turn: tuple, slots_T: Tensor, view: tuple, prefill: bool) -> Tensor:
         """``turn`` and ``view`` as in `model.Trunk`."""
@@ -82,9 +82,9 @@ class Attention(nn.Cell):
             q_THQ = self.up(x_TD).reshape(-1, self.heads, self.nope + self.rope)
         start = self.query_latent + self.latent
         latent_TC = self.latent_norm(down_TX[:, self.query_latent : start], self.latent_norm_weight)
-        cos_TR, sin_TR, query_lens_B = turn
+        cos_TR, sin_TR = turn
         q_rope_TX = q_THQ[:, :, self.nope :].reshape(-1, self.heads * self.rope)
-        q_rope_TX, k_rope_TR = self.rotate(q_rope_TX, down_TX[:, start:], cos_TR, sin_TR, query_lens_B)
+        q_rope_TX, k_rope_TR = self.rotate(q_rope_TX, down_TX[:, start:], cos_TR, sin_TR)
         q_rope_THR = q_rope_TX.reshape(-1, self.heads, self.rope)
         q_THQ = ops.concat((q_THQ[:, :, : self.nope], q_rope_THR), -1)
         return q_THQ, ops.concat((latent_TC, k_rope_TR), -1)

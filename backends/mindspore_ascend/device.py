@@ -30,14 +30,19 @@ def choose_device(run: RunConfig) -> str:
     return device
 
 
+def native_dtype(device: str) -> str:
+    """FP32 on a CPU, whose MindSpore has no BF16 products, BF16 on an NPU: activations, cache and plain weights."""
+    return "fp32" if device == CPU else "bf16"
+
+
 def choose_dtype(run: RunConfig, device: str) -> str:
-    """How linear weights are held: FP32 on a CPU, whose MindSpore has no BF16 products, BF16 on an NPU."""
-    native = "fp32" if device == CPU else "bf16"
-    if run.dtype not in ("auto", native):
-        raise InputError(f"dtype {run.dtype} on {device}", "dtype", f"use {native}")
+    """How linear weights are held: the device's native type, or W8A8."""
+    native = native_dtype(device)
+    if run.dtype not in ("auto", native, "w8a8"):
+        raise InputError(f"dtype {run.dtype} on {device}", "dtype", f"use {native} or w8a8")
     if run.engine.kv_dtype not in ("auto", native):
         raise InputError(f"kv_dtype {run.engine.kv_dtype} on {device}", "engine.kv_dtype", f"use {native}")
-    return native
+    return native if run.dtype == "auto" else run.dtype
 
 
 def describe_devices() -> list[str]:

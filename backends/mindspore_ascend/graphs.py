@@ -41,14 +41,14 @@ class Graphs:
         row, real = _lengths(None), _lengths(None, dtype=ms.float32)
         self._trunks = {prefill: Trunk(layers, prefill) for prefill in (False, True)}
         for prefill, trunk in self._trunks.items():
-            trunk.set_inputs(row, row, row, row, *_view(prefill))
+            trunk.set_inputs(row, row, row, *_view(prefill))
         self._head = head
         head.set_inputs(hidden, row)
         self._sampler = Sampler()
         self._sampler.set_inputs(logits, row, row, real, row, real, row)
         self._drafts = {prefill: Draft(layers.turns, mtp, prefill) for prefill in (False, True)} if mtp else {}
         for prefill, draft in self._drafts.items():
-            draft.set_inputs(hidden, row, row, row, row, row, *_view(prefill))
+            draft.set_inputs(hidden, row, row, row, row, *_view(prefill))
 
     @property
     def has_drafts(self) -> bool:
@@ -84,8 +84,8 @@ class Graphs:
         return logits_OV.asnumpy(), greedy_O.asnumpy()
 
 
-def _where(part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    return Tensor(part.positions_P), Tensor(part.slots_P), Tensor(part.query_lens_B)
+def _where(part: Part) -> tuple[Tensor, Tensor]:
+    return Tensor(part.positions_P), Tensor(part.slots_P)
 
 
 def _tensors(arrays: tuple[NDArray, ...]) -> tuple[Tensor, ...]:

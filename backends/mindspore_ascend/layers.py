@@ -25,6 +25,27 @@ class Linear(nn.Cell):
         return self.product(x, self.weight)
 
 
+class QuantLinear(nn.Cell):
+    """x W^T with INT8 weights, and activations quantised token by token as they come."""
+
+    def __init__(self, op_set: OpSet, weight: Parameter, scale: Parameter, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.weight, self.scale = weight, scale
+        self.quantise = op_set.DynamicQuant()
+        self.product = op_set.QuantMatmul(dtype)
+
+    def construct(self, x: Tensor) -> Tensor:
+        codes, scale = self.quantise(x)
+        return self.product(codes, scale, self.weight, self.scale)
+
+
+def make_linear(source: RankWeights, op_set: OpSet, name: str, *pieces: Piece) -> nn.Cell:
+    """A linear layer as the run holds them: plain or W8A8. ``name`` is that of the module."""
+    if source.int8:
+        return QuantLinear(op_set, *source.codes(name, *pieces), source.dtype)
+    return Linear(source.matrix(f"{name}.weight", *pieces))
+
+
 class Embedding(nn.Cell):
     """Rows of a table whose vocabulary is split between the ranks."""
 
@@ -51,9 +72,9 @@ class FeedForward(nn.Cell):
     def __init__(self, source: RankWeights, op_set: OpSet, name: str, canonical: str):
         super().__init__(auto_prefix=False)
         gate_up = (Piece(f"{canonical}.gate_proj.weight"), Piece(f"{canonical}.up_proj.weight"))
-        self.gate_up = Linear(source.matrix(f"{name}.w_gate_hidden.weight", *gate_up))
+        self.gate_up = make_linear(source, op_set, f"{name}.w_gate_hidden", *gate_up)
         self.activate = op_set.SwiGLU()
-        self.down = Linear(source.matrix(f"{name}.w2.weight", Piece(f"{canonical}.down_proj.weight")))
+        self.down = make_linear(source, op_set, f"{name}.w2", Piece(f"{canonical}.down_proj.weight"))
 
     def construct(self, x_TD: Tensor) -> Tensor:
         return self.down(self.activate(self.gate_up(x_TD)))

@@ -80,7 +80,7 @@ class Layers(nn.Cell):
 class Trunk(nn.Cell):
     """Hidden states [T, D] before the final norm.
 
-    ``query_lens_B`` are the new tokens of each sequence. ``view`` is what attention looks at: for prompts (slots of all
+    ``view`` is what attention looks at: for prompts (slots of all
     visible tokens [S], row ends of queries [B] and of keys [B]), for single tokens (block tables [T, M], visible slots
     [T]).
     """
@@ -90,11 +90,8 @@ class Trunk(nn.Cell):
         self.layers = layers
         self.prefill = prefill
 
-    def construct(
-        self, token_ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, query_lens_B: Tensor, *view: Tensor
-    ) -> Tensor:
-        cos_TR, sin_TR = self.layers.turns(positions_T)
-        turn = (cos_TR, sin_TR, query_lens_B)
+    def construct(self, token_ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, *view: Tensor) -> Tensor:
+        turn = self.layers.turns(positions_T)
         new_TD, x_TD = self.layers.embedding(token_ids_T), None
         for block in self.layers.blocks:
             new_TD, x_TD = block(new_TD, x_TD, turn, slots_T, view, self.prefill)
@@ -173,8 +170,7 @@ class Draft(nn.Cell):
 
     def construct(
         self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, positions_T: Tensor, slots_T: Tensor,
-        query_lens_B: Tensor, *view: Tensor,
+        *view: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        cos_TR, sin_TR = self.turns(positions_T)
-        turn = (cos_TR, sin_TR, query_lens_B)
+        turn = self.turns(positions_T)
         return self.mtp(hidden_TD, next_ids_T, rows_O, turn, slots_T, view, self.prefill)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from .layers import FeedForward
 from .ops import OpSet
@@ -33,21 +33,50 @@ class Router(nn.Cell):
         return self.route(self.product(x_TD.astype(ms.float32), self.weight), self.bias)
 
 
+class ExpertLinear(nn.Cell):
+    """Rows sorted by expert, each times its expert's matrix; plain weights."""
+
+    def __init__(self, op_set: OpSet, weight_EDF: Parameter):
+        super().__init__(auto_prefix=False)
+        self.weight_EDF = weight_EDF
+        self.product = op_set.GroupedMatmul()
+
+    def construct(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        return self.product(rows_ND, self.weight_EDF, counts_E)
+
+
+class QuantExpertLinear(nn.Cell):
+    """The same with INT8 weights, and rows quantised as they come."""
+
+    def __init__(self, op_set: OpSet, weight_EDF: Parameter, scale_EF: Parameter, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.weight_EDF, self.scale_EF = weight_EDF, scale_EF
+        self.quantise = op_set.DynamicQuant()
+        self.product = op_set.QuantGroupedMatmul(dtype)
+
+    def construct(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        codes_ND, scale_N = self.quantise(rows_ND)
+        return self.product(codes_ND, scale_N, self.weight_EDF, self.scale_EF, counts_E)
+
+
+def _make_experts(source: RankWeights, op_set: OpSet, name: str, canonical: str, *projections: str) -> nn.Cell:
+    if source.int8:
+        return QuantExpertLinear(op_set, *source.expert_codes(name, canonical, projections), source.dtype)
+    return ExpertLinear(op_set, source.experts(f"{name}.weight", canonical, projections))
+
+
 class MoE(nn.Cell):
     """This rank's share [T, D] of routed and shared experts, summed in FP32 and rounded once."""
 
     def __init__(self, source: RankWeights, op_set: OpSet, name: str, canonical: str):
         super().__init__(auto_prefix=False)
         spec = source.spec
-        self.router = Router(source, op_set, f"{name}.routed_experts.router", f"{canonical}.gate")
-        experts = f"{canonical}.experts"
-        self.gate_up_EDF = source.experts(
-            f"{name}.routed_experts.ffn.w_gate_hidden.weight", experts, ("gate_proj", "up_proj")
-        )
-        self.down_EFD = source.experts(f"{name}.routed_experts.ffn.w2.weight", experts, ("down_proj",))
+        routed, experts = f"{name}.routed_experts", f"{canonical}.experts"
+        self.router = Router(source, op_set, f"{routed}.router", f"{canonical}.gate")
         self.permute = op_set.Permute(spec.n_routed_experts, spec.num_experts_per_tok)
-        self.multiply, self.multiply_back = op_set.GroupedMatmul(), op_set.GroupedMatmul()
+        self.gate_up = _make_experts(source, op_set, f"{routed}.ffn.w_gate_hidden", experts, "gate_proj", "up_proj")
         self.activate = op_set.SwiGLU()
+        self.down = _make_experts(source, op_set, f"{routed}.ffn.w2", experts, "down_proj")
         self.unpermute = op_set.Unpermute(spec.num_experts_per_tok)
         self.has_shared = spec.n_shared_experts > 0
         self.shared: Any = None
@@ -57,8 +86,7 @@ class MoE(nn.Cell):
     def construct(self, x_TD: Tensor) -> Tensor:
         weight_TK, index_TK = self.router(x_TD)
         rows_ND, place_N, counts_E = self.permute(x_TD, index_TK)
-        rows_NF = self.activate(self.multiply(rows_ND, self.gate_up_EDF, counts_E))
-        rows_ND = self.multiply_back(rows_NF, self.down_EFD, counts_E)
+        rows_ND = self.down(self.activate(self.gate_up(rows_ND, counts_E)), counts_E)
         y_TD = self.unpermute(rows_ND, place_N, weight_TK)
         if self.has_shared:
             y_TD = y_TD + self.shared(x_TD).astype(ms.float32)

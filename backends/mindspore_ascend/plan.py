@@ -43,7 +43,6 @@ class Part:
     rows_P: NDArray[np.int64]
     positions_P: IntArray
     slots_P: IntArray
-    query_lens_B: IntArray
     view: tuple[IntArray, ...]
 
 
@@ -106,7 +105,7 @@ def _decode_part(segments: list[Segment], tables_BM: IntArray, block_size: int) 
     width = int(visible_P.max() - 1) // block_size + 1
     beyond_PM = np.arange(width) * block_size >= visible_P[:, None]
     tables_PM = np.where(beyond_PM, np.int32(0), tables_BM[sequence_P, :width])  # read and then masked
-    return Part(False, rows_P, positions_P, slots_P, np.ones(len(rows_P), np.int32), (tables_PM, visible_P))
+    return Part(False, rows_P, positions_P, slots_P, (tables_PM, visible_P))
 
 
 def _prefill_part(segments: list[Segment], tables_BM: IntArray, block_size: int) -> Part:
@@ -114,7 +113,6 @@ def _prefill_part(segments: list[Segment], tables_BM: IntArray, block_size: int)
     key_slots_S = np.concatenate(
         [_slots(tables_BM, segment.sequence, np.arange(segment.visible), block_size) for segment in segments]
     )
-    query_lens_B = np.array([segment.stop - segment.start for segment in segments], np.int32)
-    query_ends_B = np.cumsum(query_lens_B).astype(np.int32)
+    query_ends_B = np.cumsum([segment.stop - segment.start for segment in segments]).astype(np.int32)
     key_ends_B = np.cumsum([segment.visible for segment in segments]).astype(np.int32)
-    return Part(True, rows_P, positions_P, slots_P, query_lens_B, (key_slots_S, query_ends_B, key_ends_B))
+    return Part(True, rows_P, positions_P, slots_P, (key_slots_S, query_ends_B, key_ends_B))

@@ -19,10 +19,10 @@ from ...models.spec import ModelSpec
 from ..base import FloatArray, IntArray, Rank, StepBatch, StepResult, Weights, next_tokens, output_rows
 from ..limits import cache_blocks, check_supported
 from ..memory import check_memory
-from .device import CPU, DTYPES, choose_device, choose_dtype
+from .device import CPU, DTYPES, choose_device, choose_dtype, native_dtype
 from .graphs import Graphs
 from .model import MTP, Head, Layers
-from .ops import OpSet, composite
+from .ops import op_set
 from .plan import Part, make_parts
 from .weights import RankWeights, rank_bytes
 
@@ -31,7 +31,7 @@ class MindSporeRunner:
     def __init__(self, spec: ModelSpec, run: RunConfig, rank: Rank):
         check_supported(spec, run)
         self._device = choose_device(run)
-        self.dtype = self.kv_dtype = choose_dtype(run, self._device)
+        self.dtype, self.kv_dtype = choose_dtype(run, self._device), native_dtype(self._device)
         self._grid = Grid(tp=run.parallel.tp)
         check_divides(spec, self._grid)
         self.spec = spec
@@ -39,14 +39,14 @@ class MindSporeRunner:
         self.kv_blocks = cache_blocks(run)
         self._rank = rank
         self._positions = run.engine.max_seq_len
-        self._ops: OpSet = composite
+        self._ops = op_set(self._device)
 
     def load(self, weights: Weights) -> None:
-        spec, dtype, operators = self.spec, DTYPES[self.dtype], self._ops
+        spec, dtype, operators = self.spec, DTYPES[self.kv_dtype], self._ops
         has_mtp = weights.has_mtp and spec.num_nextn_predict_layers > 0
         if self._device == CPU:
             self._check_host_memory(has_mtp, dtype)
-        source = RankWeights(spec, weights, self._grid, self._rank.rank, dtype)
+        source = RankWeights(spec, weights, self._grid, self._rank.rank, dtype, int8=self.dtype == "w8a8")
         layers = Layers(source, operators, self._positions, self.kv_blocks, self.block_size)
         head = Head(source, operators)
         mtp = MTP(source, operators, head, self.kv_blocks, self.block_size) if has_mtp else None
@@ -70,7 +70,7 @@ class MindSporeRunner:
         layers = spec.num_hidden_layers + (spec.num_nextn_predict_layers if has_mtp else 0)
         cache_bytes = 4 * math.prod((layers, self.kv_blocks, self.block_size, spec.latent_dim))
         what = f"{self.dtype} weights and cache of {self.kv_blocks * self.block_size} tokens"
-        check_memory(self._grid.world_size * (rank_bytes(held, dtype) + cache_bytes), what)
+        check_memory(self._grid.world_size * (rank_bytes(held, dtype, self.dtype == "w8a8") + cache_bytes), what)
 
     def _shared_seeds(self, batch: StepBatch) -> NDArray[np.uint32]:
         """Rank 0's seeds: a request without one gets another random seed in every process."""

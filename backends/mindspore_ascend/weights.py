@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mindspore as ms
 import numpy as np
@@ -18,8 +19,10 @@ from mindspore import Parameter, Tensor
 from mindspore.common.np_dtype import bfloat16
 from numpy.typing import NDArray
 
+from ...models.dtypes import f32_to_bf16
 from ...models.errors import InputError
 from ...models.params import parameters
+from ...models.quantise import quantise_int8_channels
 from ...models.sharding import Grid, Shard, shards
 from ...models.spec import ModelSpec
 from ..base import Weights
@@ -38,12 +41,14 @@ class Piece:
 class RankWeights:
     """This rank's part of the parameters of ``spec``, held in ``dtype`` (mindspore.float32 or bfloat16).
 
-    Raises InputError at once for a name that is missing or left over, and when a parameter is made for a wrong shape.
+    With ``int8`` the linear layers ask for codes and scales instead. Raises InputError at once for a name that is
+    missing or left over, and when a parameter is made for a wrong shape.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, grid: Grid, rank: int, dtype: ms.Type):
+    def __init__(self, spec: ModelSpec, weights: Weights, grid: Grid, rank: int, dtype: ms.Type, int8: bool = False):
         self.spec = spec
         self.dtype = dtype
+        self.int8 = int8
         self.ranks = grid.tp
         self.has_mtp = weights.has_mtp and spec.num_nextn_predict_layers > 0
         self._weights = weights
@@ -51,57 +56,99 @@ class RankWeights:
         self._shards = {shard.param.name: shard for shard in shards(spec, grid, rank, mtp=weights.has_mtp)}
         self.first_token = self._start_row("model.embed_tokens.weight")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._shards
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of this rank's slice of a canonical parameter."""
-        return self._shards[name].shape
-
     def vector(self, name: str, canonical: str, dtype: ms.Type | None = None) -> Parameter:
         """One canonical vector."""
-        return self._parameter(name, self.shape(canonical), dtype, lambda kind: self._read(canonical, kind))
+        dtype = dtype or self.dtype
+        return self._parameter(name, self._shape(canonical), dtype, lambda: self._read(canonical, _READ_AS[dtype]))
 
     def matrix(self, name: str, *pieces: Piece, dtype: ms.Type | None = None) -> Parameter:
         """Canonical matrices of one width, one below the other."""
-        heights = [self.shape(piece.name)[0] if piece.rows is None else len(piece.rows) for piece in pieces]
-        shape = (sum(heights), self.shape(pieces[0].name)[1])
+        dtype = dtype or self.dtype
 
-        def fill(kind: str) -> NDArray:
-            parts = [self._read(piece.name, kind) for piece in pieces]
-            parts = [
-                part if piece.rows is None else part[piece.rows] for part, piece in zip(parts, pieces, strict=True)
-            ]
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        def fill() -> NDArray:
+            return _below(pieces, [self._read(piece.name, _READ_AS[dtype]) for piece in pieces])
 
-        return self._parameter(name, shape, dtype, fill)
+        return self._parameter(name, self._stacked_shape(pieces), dtype, fill)
+
+    def codes(self, name: str, *pieces: Piece) -> tuple[Parameter, Parameter]:
+        """The same as INT8 codes, and their FP32 scales [rows]."""
+        shape = self._stacked_shape(pieces)
+
+        @cache
+        def fill() -> tuple[NDArray, NDArray]:
+            codes, scales = zip(*(self._read_codes(piece.name) for piece in pieces), strict=True)
+            return _below(pieces, codes), _below(pieces, scales)
+
+        return (
+            self._parameter(f"{name}._layer.weight", shape, ms.int8, lambda: fill()[0]),
+            self._parameter(f"{name}._layer.matmul.weight_scale", shape[:1], ms.float32, lambda: fill()[1]),
+        )
 
     def experts(self, name: str, prefix: str, projections: Sequence[str]) -> Parameter:
         """[E, D, F]: every expert's projections, swapped to [in, out] and beside each other."""
-        out, inside = self.shape(f"{prefix}.0.{projections[0]}.weight")
-        shape = (self.spec.n_routed_experts, inside, out * len(projections))
 
-        def fill(kind: str) -> NDArray:
-            stack = np.empty(shape, np.float32 if kind == "f32" else np.uint16)
-            for expert in range(shape[0]):
-                for slot, projection in enumerate(projections):
-                    weight_FD = self._read(f"{prefix}.{expert}.{projection}.weight", kind)
-                    stack[expert, :, slot * out : (slot + 1) * out] = weight_FD.T
-            return stack
+        def fill() -> NDArray:
+            return self._swapped(shape, prefix, projections, lambda name: self._read(name, _READ_AS[self.dtype]))
 
-        return self._parameter(name, shape, None, fill)
+        shape = self._expert_shape(prefix, projections)
+        return self._parameter(name, shape, self.dtype, fill)
+
+    def expert_codes(self, name: str, prefix: str, projections: Sequence[str]) -> tuple[Parameter, Parameter]:
+        """The same as INT8 codes, and their scales [E, F] in the run's dtype."""
+        shape = self._expert_shape(prefix, projections)
+        scales_EF = np.empty((shape[0], shape[2]), np.float32)
+
+        def read(canonical: str) -> NDArray:
+            codes_FD, scales_F = self._read_codes(canonical)
+            expert, projection = canonical.removeprefix(f"{prefix}.").split(".")[:2]
+            start = projections.index(projection) * len(scales_F)
+            scales_EF[int(expert), start : start + len(scales_F)] = scales_F
+            return codes_FD
+
+        def fill_scales() -> NDArray:
+            return f32_to_bf16(scales_EF) if self.dtype == ms.bfloat16 else scales_EF
+
+        return (
+            self._parameter(
+                f"{name}._layer.weight", shape, ms.int8, lambda: self._swapped(shape, prefix, projections, read)
+            ),
+            self._parameter(f"{name}._layer.matmul.weight_scale", scales_EF.shape, self.dtype, fill_scales),
+        )
 
     def zeros(self, name: str, shape: tuple[int, ...]) -> Parameter:
         """A buffer of the network, such as a cache."""
-        return self._parameter(name, shape, None, lambda kind: np.zeros(shape, np.float32 if kind == "f32" else "u2"))
+        kind = np.float32 if self.dtype == ms.float32 else np.uint16
+        return self._parameter(name, shape, self.dtype, lambda: np.zeros(shape, kind))
 
-    def _parameter(
-        self, name: str, shape: tuple[int, ...], dtype: ms.Type | None, fill: Callable[[str], NDArray]
-    ) -> Parameter:
-        dtype = dtype or self.dtype
-        array = np.ascontiguousarray(fill(_READ_AS[dtype]))
+    def _parameter(self, name: str, shape: tuple[int, ...], dtype: ms.Type, fill: Callable[[], NDArray]) -> Parameter:
+        array = np.ascontiguousarray(fill())
         assert array.shape == shape, f"{name} is {array.shape}, not {shape}"
         return Parameter(_tensor(array), name=name, requires_grad=False)
+
+    def _shape(self, canonical: str) -> tuple[int, ...]:
+        return self._shards[canonical].shape
+
+    def _stacked_shape(self, pieces: Sequence[Piece]) -> tuple[int, int]:
+        heights = [self._shape(piece.name)[0] if piece.rows is None else len(piece.rows) for piece in pieces]
+        return sum(heights), self._shape(pieces[0].name)[1]
+
+    def _expert_shape(self, prefix: str, projections: Sequence[str]) -> tuple[int, int, int]:
+        out, inside = self._shape(f"{prefix}.0.{projections[0]}.weight")
+        return self.spec.n_routed_experts, inside, out * len(projections)
+
+    def _swapped(
+        self, shape: tuple[int, int, int], prefix: str, projections: Sequence[str], read: Callable[[str], NDArray]
+    ) -> NDArray:
+        """The stack of every expert's matrices, [in, out]."""
+        out = shape[2] // len(projections)
+        stack: NDArray | None = None
+        for expert in range(shape[0]):
+            for slot, projection in enumerate(projections):
+                weight_FD = read(f"{prefix}.{expert}.{projection}.weight")
+                stack = np.empty(shape, weight_FD.dtype) if stack is None else stack
+                stack[expert, :, slot * out : (slot + 1) * out] = weight_FD.T
+        assert stack is not None, "a mixture of experts has experts"
+        return stack
 
     def _read(self, canonical: str, kind: str) -> NDArray:
         shard = self._shards[canonical]
@@ -111,19 +158,36 @@ class RankWeights:
             raise InputError(f"shape {found}", canonical, f"the model needs {wanted}")
         return array
 
+    def _read_codes(self, canonical: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """INT8 codes [N, K] and scales [N] of this rank's slice."""
+        codes_NK, scales_N1 = quantise_int8_channels(self._read(canonical, "f32"))
+        return codes_NK, scales_N1[:, 0]
+
     def _start_row(self, canonical: str) -> int:
         rows = self._shards[canonical].rows
         return rows[0] if rows else 0
 
 
-def rank_bytes(held: Sequence[Shard], dtype: ms.Type) -> int:
-    """What the parameters of these shards take: routers and heads are in FP32, everything else in ``dtype``."""
+def rank_bytes(held: Sequence[Shard], dtype: ms.Type, int8: bool) -> int:
+    """What the parameters of these shards take: routers and heads are in FP32, linear layers may be codes."""
     width = 4 if dtype == ms.float32 else 2
-    return sum(shard.size * (4 if _exact(shard) else width) for shard in held)
+    return sum(shard.size * (4 if _exact(shard) else 1 if int8 and _linear(shard) else width) for shard in held)
 
 
 def _exact(shard: Shard) -> bool:
     return shard.param.group in ("router", "head") or shard.param.name.endswith("shared_head.head.weight")
+
+
+def _linear(shard: Shard) -> bool:
+    """What a W8A8 network holds as codes; kv_b_proj is not multiplied by activations alone and stays plain."""
+    groups = ("attention", "dense", "expert", "shared")
+    return shard.param.group in groups and not shard.param.name.endswith("kv_b_proj.weight")
+
+
+def _below(pieces: Sequence[Piece], parts: Sequence[NDArray]) -> NDArray:
+    """The pieces' rows of their arrays, one below the other."""
+    chosen = [part if piece.rows is None else part[piece.rows] for piece, part in zip(pieces, parts, strict=True)]
+    return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
 
 
 def _tensor(array: NDArray) -> Tensor:

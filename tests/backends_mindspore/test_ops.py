@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deepspan.models import sampling
+from deepspan.models.quantise import quantise_activation_int8
 from deepspan.models.reference import causal_mask, rms_norm, rotate, silu, softmax
 from deepspan.models.routing import route
 from tests.specs import SPECS
@@ -45,7 +46,7 @@ def test_add_rms_norm_gives_the_norm_and_the_sum():
 def test_rotate():
     q, k, angles = normal(5, 3 * 6), normal(5, 6), normal(5, 3)
     tables = [np.concatenate([table, table], 1) for table in (np.cos(angles), np.sin(angles))]
-    got_q, got_k = run(composite.Rotate(3, 6), q, k, *tables, np.ones(5, np.int32))
+    got_q, got_k = run(composite.Rotate(3, 6), q, k, *tables)
     cos, sin = np.cos(angles), np.sin(angles)
     wanted = rotate(q.reshape(5, 3, 6), cos[:, None], sin[:, None], interleave=False).reshape(5, 18)
     np.testing.assert_allclose(got_q, wanted, atol=1e-6)
@@ -126,6 +127,37 @@ def test_permute_multiply_unpermute_is_the_weighted_sum_over_experts():
 def test_swiglu():
     x = normal(4, 10)
     np.testing.assert_allclose(run(composite.SwiGLU(), x), silu(x[:, :5]) * x[:, 5:], atol=1e-6)
+
+
+def test_dynamic_quant_is_the_definition():
+    x = normal(6, 40)
+    x[2] = 0
+    codes, scales = run(composite.DynamicQuant(), x)
+    wanted_codes, wanted_scales = quantise_activation_int8(x)
+    np.testing.assert_allclose(scales, wanted_scales[:, 0], rtol=1e-6)
+    assert np.abs(codes.astype(int) - wanted_codes).max() <= 1 and (codes == wanted_codes).mean() > 0.99
+
+
+def codes_of(*shape):
+    return RNG.integers(-127, 128, shape).astype(np.int8)
+
+
+def test_quant_matmul_sums_exactly():
+    """Sums of this length are beyond what FP32 holds."""
+    q, weight, scale_t, scale_f = codes_of(3, 20000), codes_of(5, 20000), normal(3), normal(5)
+    q[0], weight[0] = 127, 127
+    total = (q.astype(np.int64) @ weight.T.astype(np.int64)).astype(np.float32)
+    got = run(composite.QuantMatmul(ms.float32), q, scale_t, weight, scale_f)
+    np.testing.assert_allclose(got, total * scale_t[:, None] * scale_f, rtol=1e-6)
+
+
+def test_quant_grouped_matmul_uses_each_expert_s_codes_and_scales():
+    counts = np.array([2, 0, 3], np.int64)
+    expert = np.repeat(np.arange(3), counts)
+    q, weight, scale_n, scale_ef = codes_of(5, 30), codes_of(3, 30, 4), normal(5), normal(3, 4)
+    total = np.einsum("nd,ndf->nf", q.astype(np.int64), weight[expert].astype(np.int64))
+    got = run(composite.QuantGroupedMatmul(ms.float32), q, scale_n, weight, scale_ef, counts)
+    np.testing.assert_allclose(got, total * scale_n[:, None] * scale_ef[expert], rtol=1e-6)
 
 
 def test_the_hash_is_bit_exact():

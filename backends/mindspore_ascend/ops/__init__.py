@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import mindspore as ms
 from mindspore import nn
 
 from ....models.spec import ModelSpec
+from . import ascend, composite
 
 
 class OpSet(Protocol):
@@ -31,3 +33,11 @@ class OpSet(Protocol):
     def GroupedMatmul(self) -> nn.Cell: ...
     def Unpermute(self, kept: int) -> nn.Cell: ...
     def SwiGLU(self) -> nn.Cell: ...
+    def DynamicQuant(self) -> nn.Cell: ...
+    def QuantMatmul(self, dtype: ms.Type) -> nn.Cell: ...
+    def QuantGroupedMatmul(self, dtype: ms.Type) -> nn.Cell: ...
+
+
+def op_set(device: str) -> OpSet:
+    """The set for MindSpore's device name."""
+    return ascend if device == "Ascend" else composite

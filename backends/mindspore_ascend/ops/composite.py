@@ -16,6 +16,8 @@ from ....models.routing import NORMALISE_EPSILON
 from ....models.spec import ModelSpec
 
 MASKED = float("-inf")
+EXACT = ms.float64  # holds every sum of INT8 products that a matrix of the family can give
+SMALLEST = 1e-10  # a token of zeros has a scale
 PREFILL_TOKENS = 512  # prompts run in parts of so many tokens: scores are all queries times all keys of a part
 
 
@@ -53,9 +55,7 @@ class Rotate(nn.Cell):
         self.width = width
         self.half = width // 2
 
-    def construct(
-        self, q_TX: Tensor, k_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor, query_lens_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def construct(self, q_TX: Tensor, k_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
         q_THR = self.turn(q_TX.reshape(-1, self.heads, self.width), cos_TR.expand_dims(1), sin_TR.expand_dims(1))
         return q_THR.reshape(-1, self.heads * self.width), self.turn(k_TR, cos_TR, sin_TR)
 
@@ -231,3 +231,45 @@ class SwiGLU(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         return ops.silu(x[..., :half]) * x[..., half:]
+
+
+class DynamicQuant(nn.Cell):
+    """INT8 codes [T, D] and FP32 scales [T]: each token's largest value becomes 127."""
+
+    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        wide_TD = x_TD.astype(ms.float32)
+        scale_T1 = ops.maximum(wide_TD.abs().max(-1, keepdims=True), SMALLEST) / 127
+        return ops.round(wide_TD / scale_T1).astype(ms.int8), scale_T1.squeeze(1)
+
+
+class QuantMatmul(nn.Cell):
+    """Codes [T, D] times codes [F, D], summed exactly, times both scales."""
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.dtype = dtype
+        self.product = ops.MatMul(transpose_b=True)
+
+    def construct(self, q_TD: Tensor, scale_T: Tensor, weight_FD: Tensor, scale_F: Tensor) -> Tensor:
+        total_TF = self.product(q_TD.astype(EXACT), weight_FD.astype(EXACT)).astype(ms.float32)
+        return (total_TF * scale_T.expand_dims(1) * scale_F.astype(ms.float32)).astype(self.dtype)
+
+
+class QuantGroupedMatmul(nn.Cell):
+    """`GroupedMatmul` of codes: rows [N, D] with scales [N], stacks [E, D, F] with scales [E, F]."""
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.dtype = dtype
+        self.product = GroupedMatmul()
+        self.spread = GroupedMatmul()
+
+    def construct(
+        self, q_ND: Tensor, scale_N: Tensor, weight_EDF: Tensor, scale_EF: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        total_NF = self.product(q_ND.astype(EXACT), weight_EDF.astype(EXACT), counts_E).astype(ms.float32)
+        # A product with a single one picks each row's expert.
+        scale_NF = self.spread(
+            ops.ones_like(scale_N).expand_dims(1), scale_EF.astype(ms.float32).expand_dims(1), counts_E
+        )
+        return (total_NF * scale_N.expand_dims(1) * scale_NF).astype(self.dtype)

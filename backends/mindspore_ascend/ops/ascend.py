@@ -1,0 +1,216 @@
+"""The fused operators of an Ascend device. Each computes what its namesake in `composite` writes out.
+
+Signatures are those of MindSpore's operator definitions (mindspore.ops.auto_generate, 2.10). Rotary embedding runs as
+RotaryPositionEmbedding, because ApplyRotaryPosEmb takes no FP32 and its tables have the type of the queries.
+
+Shape letters: T tokens, H heads, X cache entry (latent and rope key), C latent, R rope dim, S visible positions, D
+hidden, E experts, K experts a token, N rows sorted by expert (T times K), F features, B sequences, M blocks.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import auto_generate as fused
+
+from ....models.spec import ModelSpec
+from . import composite
+
+PREFILL_TOKENS = 4096  # the FP32 rows that experts' results are summed from are K times as many
+_CAUSAL_MASK = 2048  # side of the triangle that FlashAttentionScore's sparse modes want
+_RIGHT_DOWN_CAUSAL = 3  # the last query sees all keys
+_ALL_TOKENS = 2**31 - 1
+
+
+class RmsNorm(nn.Cell):
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.norm = fused.RmsNorm(eps)
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.norm(x, weight)[0]
+
+
+class AddRmsNorm(nn.Cell):
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.eps = eps
+        self.norm = fused.AddRmsNorm()
+
+    def construct(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        normed, _, total = self.norm(x, residual, weight, self.eps)
+        return normed, total
+
+
+class Rotate(nn.Cell):
+    def __init__(self, heads: int, width: int):
+        super().__init__(auto_prefix=False)
+        self.heads = heads
+        self.width = width
+        self.rotate = fused.RotaryPositionEmbedding()
+
+    def construct(self, q_TX: Tensor, k_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        both_TX = ops.concat((q_TX, k_TR), -1).astype(ms.float32)
+        both_1THR = both_TX.reshape(1, -1, self.heads + 1, self.width)
+        cos_1T1R, sin_1T1R = (table.reshape(1, -1, 1, self.width) for table in (cos_TR, sin_TR))
+        turned_TX = self.rotate(both_1THR, cos_1T1R, sin_1T1R, 0).reshape(-1, (self.heads + 1) * self.width)
+        turned_TX = turned_TX.astype(q_TX.dtype)
+        return turned_TX[:, : self.heads * self.width], turned_TX[:, self.heads * self.width :]
+
+
+def cache_shape(blocks: int, block_size: int, width: int) -> tuple[int, ...]:
+    """Blocks of slots with one key head."""
+    return (blocks, block_size, 1, width)
+
+
+class WriteCache(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.write = fused.ReshapeAndCache()
+
+    def construct(self, cache: Tensor, entries_TX: Tensor, slots_T: Tensor) -> Tensor:
+        return self.write(entries_TX.expand_dims(1), None, cache, None, slots_T)
+
+
+class ReadCache(nn.Cell):
+    def construct(self, cache: Tensor, slots_S: Tensor) -> Tensor:
+        return ops.gather(cache.reshape(-1, cache.shape[3]), slots_S, 0)
+
+
+class PrefillAttention(nn.Cell):
+    """Values are widened to the width of the keys, which the operator asks for."""
+
+    def __init__(self, heads: int, scale: float):
+        super().__init__(auto_prefix=False)
+        self.attend = fused.FlashAttentionScore(
+            heads,
+            scale_value=scale,
+            pre_tokens=_ALL_TOKENS,
+            next_tokens=0,
+            input_layout="TND",
+            sparse_mode=_RIGHT_DOWN_CAUSAL,
+        )
+        self.mask = Tensor(np.triu(np.ones((_CAUSAL_MASK, _CAUSAL_MASK), np.uint8), 1))
+
+    def construct(
+        self, q_THX: Tensor, k_SHX: Tensor, v_SHV: Tensor, query_ends_B: Tensor, key_ends_B: Tensor
+    ) -> Tensor:
+        heads, width = v_SHV.shape[1], v_SHV.shape[2]
+        wide_SHX = ops.concat((v_SHV, ops.zeros_like(k_SHX)[:, :, width:]), -1)
+        ends = query_ends_B.astype(ms.int64), key_ends_B.astype(ms.int64)
+        y_THX = self.attend(q_THX, k_SHX, wide_SHX, None, None, None, self.mask, None, ends[0], ends[1])[3]
+        return y_THX[:, :, :width].reshape(-1, heads * width)
+
+
+class DecodeAttention(nn.Cell):
+    def __init__(self, heads: int, scale: float, latent: int, block_size: int):
+        super().__init__(auto_prefix=False)
+        self.heads = heads
+        self.latent = latent
+        self.attend = fused.PagedAttention(heads, scale, 1, mla_v_dim=latent)
+
+    def construct(self, q_THX: Tensor, cache: Tensor, tables_TM: Tensor, visible_T: Tensor) -> Tensor:
+        q_TX = q_THX.reshape(-1, self.heads * q_THX.shape[2])
+        y_TX = self.attend(q_TX, cache, cache, tables_TM, visible_T, None, None, None, None, None)
+        return y_TX.reshape(-1, self.heads, self.latent)
+
+
+class Route(nn.Cell):
+    """FusedAddTopKDiv is V3's rule with several groups; the family's other rules stay plain operators."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__(auto_prefix=False)
+        self.is_v3 = spec.has_router_bias and spec.norm_topk_prob and spec.n_group > 1
+        self.plain = composite.Route(spec)
+        self.choose = fused.FusedAddTopKDiv()
+        self.groups, self.kept_groups, self.kept = spec.n_group, spec.topk_group, spec.num_experts_per_tok
+        self.factor = float(spec.routed_scaling_factor)
+
+    def construct(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self.is_v3:
+            return self.plain(logits_TE, bias_E)
+        best, sigmoid, normalise = 2, 0, True
+        return self.choose(
+            logits_TE, bias_E, self.groups, self.kept_groups, best, self.kept, sigmoid, normalise, self.factor
+        )
+
+
+class Permute(nn.Cell):
+    def __init__(self, experts: int, kept: int):
+        super().__init__(auto_prefix=False)
+        self.experts = experts
+        self.permute = fused.MoeInitRoutingV2()
+
+    def construct(self, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        all_rows, no_capacity, drop_nothing, as_counts = 0, 0, 0, 2
+        rows_ND, place_N, counts_E, _ = self.permute(
+            x_TD, index_TK, all_rows, no_capacity, self.experts, drop_nothing, as_counts, False
+        )
+        return rows_ND, place_N, counts_E.astype(ms.int64)
+
+
+class Unpermute(nn.Cell):
+    def __init__(self, kept: int):
+        super().__init__(auto_prefix=False)
+        self.unpermute = fused.MoeTokenUnpermute()
+
+    def construct(self, rows_ND: Tensor, place_N: Tensor, weight_TK: Tensor) -> Tensor:
+        return self.unpermute(rows_ND.astype(ms.float32), place_N, weight_TK, False, None)
+
+
+_ONE_TENSOR, _BY_ROWS, _COUNTS, _NO_ACTIVATION = 3, 0, 1, 0  # GroupedMatmulV4's split_item and the three after it
+
+
+class GroupedMatmul(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.product = fused.GroupedMatmulV4()
+
+    def construct(self, rows_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+        return self.product(
+            [rows_ND], [weight_EDF], None, None, None, None, None, None, counts_E, None, None, None,
+            _ONE_TENSOR, _BY_ROWS, _COUNTS, _NO_ACTIVATION, None,
+        )[0]  # fmt: skip
+
+
+class SwiGLU(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.activate = fused.Swiglu()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.activate(x, -1)
+
+
+class DynamicQuant(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.quantise = fused.DynamicQuantExt()
+
+    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.quantise(x_TD, None)
+
+
+class QuantMatmul(nn.Cell):
+    def __init__(self, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.product = fused.QuantBatchMatmul(False, True, dtype)
+
+    def construct(self, q_TD: Tensor, scale_T: Tensor, weight_FD: Tensor, scale_F: Tensor) -> Tensor:
+        return self.product(q_TD, weight_FD, scale_F, None, None, scale_T)
+
+
+class QuantGroupedMatmul(nn.Cell):
+    def __init__(self, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.dtype = dtype
+        self.product = fused.GroupedMatmulV4()
+
+    def construct(
+        self, q_ND: Tensor, scale_N: Tensor, weight_EDF: Tensor, scale_EF: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        return self.product(
+            [q_ND], [weight_EDF], None, [scale_EF], None, None, None, [scale_N], counts_E, None, None, None,
+            _ONE_TENSOR, _BY_ROWS, _COUNTS, _NO_ACTIVATION, self.dtype,
+        )[0]  # fmt: skip

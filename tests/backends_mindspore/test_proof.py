@@ -1,0 +1,92 @@
+"""The full-width network of fused operators type-checks on a CPU, and a wrong shape or type does not."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("mindspore", reason="mindspore is not installed")
+
+# Plain operators of the network; everything else in its graphs has to be one of `proof.FUSED`.
+PLAIN = {
+    "Add", "AllGather", "AllReduce", "Argmax", "BatchMatMul", "BroadcastTo", "Cast", "Concat", "ExpandDims", "Gather",
+    "GreaterEqual", "LessScalar", "LogicalAnd", "MatMul", "Mul", "Reshape", "StridedSlice", "Sub", "Transpose",
+}  # fmt: skip
+EVERY_LAYER = {"AddRmsNorm", "RmsNorm", "RotaryPositionEmbedding", "ReshapeAndCache", "Swiglu"}
+MIXTURE = {"FusedAddTopKDiv", "MoeInitRoutingV2", "GroupedMatmulV4", "InnerMoeTokenUnpermute"}
+QUANTISED = {"DynamicQuantExt", "QuantBatchMatmul"}
+ATTENTION = {"prefill": "FlashAttentionScore", "decode": "PagedAttention"}
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("tp", [1, 16, 32])
+@pytest.mark.parametrize("dtype", ["bf16", "w8a8"])
+def test_every_operator_of_every_graph_is_inferred(tp, dtype):
+    result = python("-m", "deepspan.backends.mindspore_ascend.proof", "--tp", str(tp), "--dtype", dtype)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    found = {line["graph"]: set(line["operators"]) for line in lines}
+    assert set(found) == {"prefill", "decode", "draft prefill", "draft decode", "head"}
+    for name, operators in found.items():
+        phase = name.split()[-1]
+        wanted = {"RmsNorm"} if name == "head" else EVERY_LAYER | MIXTURE | {ATTENTION[phase]}
+        wanted |= QUANTISED if dtype == "w8a8" and name != "head" else set()
+        assert operators - PLAIN == wanted
+        assert ("AllReduce" in operators) == (tp > 1 and name != "head")
+        assert ("AllGather" in operators) == (tp > 1 and ("head" in name or "draft" in name))
+
+
+MUTATION = """
+from deepspan.backends.mindspore_ascend import proof
+import mindspore as ms
+
+class Wrong(proof.Placeholders):
+    def _parameter(self, name, shape, dtype, fill):
+        if name == {name!r}:
+            shape = tuple(size + more for size, more in zip(shape, {more!r}, strict=True))
+            dtype = getattr(ms, {dtype!r}) if {dtype!r} else dtype
+        return super()._parameter(name, shape, dtype, fill)
+
+proof.Placeholders = Wrong
+ms.set_device("CPU")
+ms.set_context(mode=ms.GRAPH_MODE)
+layers = dict(num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)
+spec = proof.load_spec("deepseek_v3").replace(layers)
+for name, cell, inputs in proof.graphs(spec, {tp}, {int8}):
+    if name == {graph!r}:
+        print("refused", proof.type_check(cell, *inputs).refused)
+"""
+LAYER = "model.layers.1"
+ROUTED = f"{LAYER}.feed_forward.routed_experts"
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "dtype", "int8", "message"),
+    [
+        (f"{LAYER}.attention.wo.weight", (0, 64), "", False, "MatMul"),
+        (f"{LAYER}.attention.l2q_proj.weight", (64, 0), "", False, "[Rr]eshape"),
+        (f"{LAYER}.attention.lkv2kv_v.weight", (0, 1), "", False, "[Rr]eshape"),
+        (f"{LAYER}.ffn_norm.weight", (1,), "", False, "AddRmsNorm"),
+        (f"{ROUTED}.ffn.w2.weight", (0, 16, 0), "", False, "GroupedMatmul"),
+        (f"{ROUTED}.ffn.w_gate_hidden.weight", (0, 0, 2), "", False, "GroupedMatmul"),
+        (f"{ROUTED}.router.dense.weight", (0, 1), "", False, "MatMul"),
+        (f"{LAYER}.attention.wo._layer.weight", (0, 16), "", True, "QuantBatchMatmul"),
+        (f"{ROUTED}.ffn.w2._layer.weight", (0, 1, 0), "", True, "GroupedMatmul"),
+        (f"{LAYER}.attention.wo.weight", (0, 0), "float16", False, "MatMul"),
+    ],
+)
+def test_a_wrong_weight_fails(name, more, dtype, int8, message):
+    result = python("-c", MUTATION.format(name=name, more=more, dtype=dtype, tp=16, int8=int8, graph="decode"))
+    assert result.returncode != 0, result.stdout
+    assert "Kernel select failed" not in result.stderr
+    assert re.search(message, result.stderr), result.stderr[-2000:]
+
+
+def test_the_mutation_script_passes_without_a_mutation():
+    result = python("-c", MUTATION.format(name="", more=(), dtype="", tp=16, int8=False, graph="decode"))
+    assert result.returncode == 0 and "refused" in result.stdout, result.stderr[-2000:]
