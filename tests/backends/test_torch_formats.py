@@ -104,11 +104,11 @@ def stored(request, tmp_path_factory):
     """The opened checkpoint and the FP32 values that it means."""
     encode, config = FORMATS[request.param]
     tensors, values = {}, {}
+    linear = {param.name for param in parameters(SPEC) if param.quantised}
     for name, value in sensible_values(SPEC).items():
-        prefix = name.removesuffix("weight")
-        is_linear = {param.name: param.quantised for param in parameters(SPEC)}[name]
-        parts, values[name] = encode(value) if is_linear else plain(value)
-        tensors |= {f"{prefix}{part}" if name.endswith("weight") else name: part_ for part, part_ in parts.items()}
+        parts, values[name] = encode(value) if name in linear else plain(value)
+        prefix = name.removesuffix("weight") if name in linear else ""
+        tensors |= {prefix + part if prefix else name: tensor for part, tensor in parts.items()}
     with Checkpoint.open(write(tmp_path_factory.mktemp("format"), tensors, config)) as opened:
         yield CheckpointWeights(opened, SPEC), values
 
