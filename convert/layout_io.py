@@ -21,6 +21,7 @@ from ..models.errors import InputError
 from ..models.layouts.placement import Placement, TargetTensor
 from ..models.params import Param
 from ..models.quant import result_dtype, round_to
+from . import fast_weights
 from .formats import Range
 from .plan import Output
 from .safetensors import Reader, TensorInfo
@@ -133,6 +134,12 @@ def _copy(out: NDArray, piece: NDArray) -> None:
     if piece.flags.c_contiguous or min(piece.shape) <= 1:
         out[...] = piece
         return
+    if fast_weights.HAS_KERNELS:
+        from . import kernels  # numba takes a second to import
+
+        if kernels.can_transpose(out, piece.T):
+            kernels.transpose(out, piece.T)
+            return
     for row in range(0, piece.shape[0], _TILE):
         for column in range(0, piece.shape[1], _TILE):
             square = slice(row, row + _TILE), slice(column, column + _TILE)

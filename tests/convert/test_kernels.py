@@ -1,0 +1,71 @@
+"""The compiled loops against the definitions of `models.quant`, bit for bit, in both of their forms."""
+
+import numpy as np
+import pytest
+
+from deepspan.convert import kernels
+from deepspan.models.quant import block_grid, dequant_fp8_blocks
+
+FORMS = [True, False] if kernels.HAS_PERMUTATION else [False]
+
+
+def codes(shape: tuple[int, int], nan: bool = False) -> np.ndarray:
+    found = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return found if nan else np.where(found & 0x7F == 0x7F, np.uint8(0x80), found)
+
+
+def scales(shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
+    return np.exp(np.random.default_rng(1).normal(-7, 3, block_grid(shape, block))).astype(np.float32).clip(1e-20, 60)
+
+
+@pytest.mark.parametrize("permute", FORMS)
+@pytest.mark.parametrize("origin", [(0, 0), (3, 0), (0, 5), (70, 130)])
+@pytest.mark.parametrize("block", [(128, 128), (16, 8), (1, 300)])
+@pytest.mark.parametrize("shape", [(1, 1), (129, 257), (576, 300), (200, 31)])
+def test_fp8_to_bf16(shape, block, origin, permute):
+    whole = codes(shape)
+    scale = scales(shape, block)
+    window = np.ascontiguousarray(whole[origin[0] :, origin[1] :])
+    if not window.size:
+        return
+    touched = scale[origin[0] // block[0] :, origin[1] // block[1] :]
+    expected = dequant_fp8_blocks(window, touched, "bf16", block, origin)
+    np.testing.assert_array_equal(kernels.fp8_to_bf16(window, touched, block, origin, permute), expected)
+
+
+@pytest.mark.parametrize("permute", FORMS)
+def test_every_code_with_every_mantissa_of_a_scale(permute):
+    """All roundings: a scale's seven mantissa bits that BF16 keeps, the next two, and a sticky one."""
+    mantissas = np.arange(1024) * 2.0**-10 + 1 + (np.arange(1024) % 3) * 2.0**-20
+    scale = (mantissas * 2.0**-9).astype(np.float32)[:, None]
+    table = np.tile(codes((1, 256)) * 0 + np.arange(256, dtype=np.uint8), (1024, 1))
+    table[:, [0x7F, 0xFF]] = 0
+    expected = dequant_fp8_blocks(table, scale, "bf16", (1, 256))
+    np.testing.assert_array_equal(kernels.fp8_to_bf16(table, scale, (1, 256), (0, 0), permute), expected)
+
+
+@pytest.mark.parametrize("permute", FORMS)
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0**-130, 2.0**120, np.inf, np.nan, 1.0])
+def test_unusual_scales_and_nan_codes(scale, permute):
+    values = codes((130, 70), nan=True)
+    grid = np.full((2, 1), scale, np.float32)
+    with np.errstate(all="ignore"):
+        expected = dequant_fp8_blocks(values, grid, "bf16")
+        np.testing.assert_array_equal(kernels.fp8_to_bf16(values, grid, (128, 128), (0, 0), permute), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (8, 132), (200, 300), (128, 128), (132, 36), (1024, 260)])
+def test_transpose(shape):
+    source = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
+    out = np.zeros((shape[1], shape[0] + 8), np.uint16)
+    inside = out[:, 4:-4]
+    assert kernels.can_transpose(inside, source)
+    kernels.transpose(inside, source)
+    np.testing.assert_array_equal(inside, source.T)
+    assert not out[:, :4].any() and not out[:, -4:].any()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 6)])
+def test_transpose_is_only_for_whole_words(shape):
+    assert not kernels.can_transpose(np.zeros(shape[::-1], np.uint16), np.zeros(shape, np.uint16))
+    assert not kernels.can_transpose(np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32))
