@@ -49,8 +49,8 @@ class Result:
 
 
 def default_workers() -> int:
-    """One worker a core, and never so few that reading, computing and writing cannot overlap."""
-    return min(32, max(2, len(os.sched_getaffinity(0))))
+    """One worker a core, and two more, because some always wait for the disk."""
+    return min(32, len(os.sched_getaffinity(0)) + 2)
 
 
 def run_plan(
@@ -94,7 +94,7 @@ class _Stream:
         self._total = sum(s.nbytes for s in plan.shards if s.name not in destination.finished)
         self._open: set[ShardWriter] = set()
         self._pieces = self._all_pieces()
-        self._lock = threading.Lock()  # for everything above and the journal
+        self._lock = threading.Lock()  # for everything above
         self._error: BaseException | None = None
 
     def run(self, workers: int, report: Callable[[Progress], None]) -> None:

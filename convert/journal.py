@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ JOURNAL_FILE = "conversion.partial.jsonl"
 
 
 class Journal:
-    """The journal of ``directory``, open and locked until it is closed."""
+    """The journal of ``directory``, open and locked until it is closed. Thread-safe."""
 
     def __init__(self, directory: Path):
         self._path = directory / JOURNAL_FILE
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._lock = threading.Lock()
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -73,12 +75,12 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        self._entries.append(dict(entry))
-        os.lseek(self._file, 0, os.SEEK_END)
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-        while line:
-            line = line[os.write(self._file, line) :]
-        os.fsync(self._file)
+        with self._lock:
+            self._entries.append(dict(entry))
+            while line:
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
 
     def _read(self) -> list[dict[str, Any]]:
         """The entries; a last line that was cut off by a crash is removed."""

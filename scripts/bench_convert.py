@@ -35,6 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepspan.convert import kernels
+from deepspan.convert.executor import default_workers
 from deepspan.convert.plan import Output, numbered_shards, plan_shard
 from deepspan.convert.writer import ShardWriter
 from deepspan.models.catalog import load_spec
@@ -80,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=64, help="of the layer; V3 has 256")
     parser.add_argument("--rounds", type=int, default=3, help="of each conversion")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--output", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()

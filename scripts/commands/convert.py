@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", type=Path, help="a new directory, or one to resume")
     for field, (flag, settings) in _CHOICES.items():
         parser.add_argument(flag, dest=field, **settings)  # type: ignore[arg-type]
-    parser.add_argument("--workers", metavar="N", type=int, help="threads (default: one a core)")
+    parser.add_argument("--workers", metavar="N", type=int, help="threads (default: the cores and two more)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument(
         "--resume",

@@ -235,11 +235,15 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, demo):
     assert not (tmp_path / "out" / MANIFEST_FILE).exists()
 
 
+def identities(directory: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in directory.iterdir()}
+
+
 def test_a_complete_directory_is_left_alone(tmp_path):
     out = convert("fp8-to-bf16", DEMO, tmp_path / "out")
-    before = {path.name: path.stat() for path in out.iterdir()}
+    before = identities(out)
     assert run("fp8-to-bf16", DEMO, out).written_bytes == 0
-    assert {path.name: path.stat() for path in out.iterdir()} == before
+    assert identities(out) == before
     with pytest.raises(InputError, match="holds another conversion: with another drop_mtp"):
         convert("fp8-to-bf16", DEMO, out, drop_mtp=True)
     (out / "model-00001-of-00003.safetensors").write_bytes(b"short")
