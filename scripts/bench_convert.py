@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ Job = Callable[[Codes], int]  # with a buffer: the bytes moved
 _MATRIX = 2048, 7168  # an expert's gate of DeepSeek-V3
 _SETS = 12  # rotated, so that no cache holds them
 _CHUNK = 16 << 20
-_DISK_BYTES = 2 << 30  # for the disk's own speeds
+_DISK_BYTES = 1 << 30  # for the disk's own speeds
 _SYNC_BYTES = 256 << 20
 _CARRIERS = {"F8_E4M3": np.uint8, "BF16": np.uint16, "F32": np.float32}
 
@@ -80,7 +79,7 @@ print(json.dumps({
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=64, help="of the layer; V3 has 256")
-    parser.add_argument("--rounds", type=int, default=3, help="of each conversion")
+    parser.add_argument("--rounds", type=int, default=5, help="of each conversion")
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--output", type=Path, help="where the figures go as JSON")
@@ -180,17 +179,17 @@ def _conversions(folder: Path, experts: int, workers: int, rounds: int) -> dict[
 
 
 def _measured(kind: str, source: Path, folder: Path, workers: int, rounds: int) -> dict[str, Any]:
-    """A conversion and its disk in turns, because a shared disk has slow minutes; medians of all."""
-    runs, reading, writing = [], [], []
+    """A conversion and its disk in turns, because a shared machine has slow minutes; the turn of the median share."""
+    runs, disk = [], []
     for _ in range(rounds):
-        read, write = _disk_rates(source, folder, workers)
-        reading.append(read)
-        writing.append(write)
+        disk.append(_disk_rates(source, folder, workers))
         _forget(source)
         runs.append(_run(kind, source, folder / "target", workers))
         shutil.rmtree(folder / "target")
-    run = sorted(runs, key=lambda run: run["seconds"])[rounds // 2]
-    disk = min(statistics.median(reading), statistics.median(writing))
+    written = [run["write_bytes"] / run["seconds"] for run in runs]
+    shares = [rate / min(rates) for rate, rates in zip(written, disk, strict=True)]
+    typical = sorted(range(rounds), key=lambda i: shares[i])[rounds // 2]
+    run = runs[typical]
     bound = workers * (run["largest_in"] + run["largest_out"]) + 200e6
     peak = max(run["peak_bytes"] for run in runs)
     assert peak <= bound, f"{kind} took {peak} bytes, more than {bound}"
@@ -198,10 +197,11 @@ def _measured(kind: str, source: Path, folder: Path, workers: int, rounds: int) 
         **run,
         "peak_bytes": peak,
         "peak_bound_bytes": bound,
-        "disk_read_gb_s": [rate / 1e9 for rate in reading],
-        "disk_write_gb_s": [rate / 1e9 for rate in writing],
-        "written_gb_s": [run["write_bytes"] / run["seconds"] / 1e9 for run in runs],
-        "share_of_disk": run["write_bytes"] / run["seconds"] / disk,
+        "written_gb_s": written[typical] / 1e9,
+        "disk_read_gb_s": disk[typical][0] / 1e9,
+        "disk_write_gb_s": disk[typical][1] / 1e9,
+        "share_of_disk": shares[typical],
+        "shares_of_disk": shares,
     }
 
 
