@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "tell what a checkpoint or a named model is",
     "convert": "bring a checkpoint into another layout or number format",
     "plan": "tell what each rank will hold and whether it fits, before anything loads",
+    "launch": "start the workers of this node with torchrun or msrun",
     "bench": "time decode and prefill",
     "doctor": "tell which backends can run here, and why not",
 }
@@ -70,7 +71,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             module.add_arguments(command)
             command.add_argument("--debug", action="store_true", help="show a traceback with an error")
             command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    own, workers = _split(arguments)
+    options = parser.parse_args(own, argparse.Namespace(workers=workers))
     if options.version:
         from importlib.metadata import version
 
@@ -79,6 +81,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.command is None:
         parser.error("no command")
     return options
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after ``--`` of the launch command: its own arguments, and its workers'."""
+    if arguments[:1] != ["launch"] or "--" not in arguments:
+        return list(arguments), []
+    end = arguments.index("--")
+    return list(arguments[:end]), list(arguments[end + 1 :])
 
 
 def _report(error: Exception, debug: bool) -> int:

@@ -1,0 +1,48 @@
+"""``deepspan launch``: start this node's workers with torchrun or msrun, as the run says."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from ...models.errors import InputError
+from ..launching import Node, run_node
+from ..options import add_run
+from ..runtime import read_run
+
+DEFAULT_COMMAND = "serve"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--node-rank", type=int, metavar="N", help="this machine's number, from 0")
+    parser.add_argument("--master-addr", metavar="A", help="the first node's address, in place of the run's")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started")
+    parser.epilog = (
+        "After -- stands what every worker runs, such as: -- generate --prompt T. RUN is added to it. "
+        f"Without it, that is {DEFAULT_COMMAND}."
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    launch = read_run(options.run_name, options.overrides).launch
+    if options.master_addr:
+        launch = launch.model_copy(update={"master_addr": options.master_addr})
+    if options.node_rank is None and launch.nodes > 1:
+        raise InputError(f"one of {launch.nodes} nodes", "--node-rank", "say which one, from 0")
+    node = Node(launch, options.node_rank or 0)
+    arguments = _with_run(options.workers or [DEFAULT_COMMAND], options.run_name, options.overrides)
+    if options.dry_run:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(launch.env.items())]
+        print(" ".join([*settings, shlex.join(node.command(arguments))]))
+        return 0
+    run_node(node, arguments)
+    return 0
+
+
+def _with_run(command: list[str], run_name: str, overrides: list[str]) -> list[str]:
+    """The command with RUN as its first argument, where it may stand already, and this command line's overrides."""
+    name, *rest = command
+    if rest[:1] == [run_name]:
+        rest = rest[1:]
+    return [name, run_name, *(f"--set={override}" for override in overrides), *rest]
