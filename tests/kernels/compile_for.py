@@ -34,7 +34,7 @@ ROWS = (1, 8, 64)
 
 def target_of(chip: chips.Chip) -> GPUTarget:
     name = chip.name
-    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, chip.warp)
+    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
 
 
 class Launches:
@@ -92,20 +92,19 @@ def activations(chip: chips.Chip, rows: int, channels: int):
 
 
 def launch_quant(chip: chips.Chip) -> None:
-    for channels in (7168, 1536):
-        for branch in (empty(2, channels), empty(2, 4, channels, dtype=torch.float32)):
+    for tokens, channels in ((1, 7168), (2, 1536), (128, 7168)):
+        for branch in (empty(tokens, channels), empty(tokens, 9, channels, dtype=torch.float32)):
             for quantise in (False, True)[: 1 + chip.fp8_units]:
-                quant.add_norm_quantise(branch, empty(2, channels), empty(channels), 1e-6, not quantise, quantise)
+                residual = empty(tokens, channels)
+                quant.add_norm_quantise(branch, residual, empty(channels), 1e-6, not quantise, quantise)
 
 
 def launch_fp8_linear(chip: chips.Chip) -> None:
     for rows in ROWS:
-        for outputs, inputs in ((24576, 1536), (2112, 7168)):
+        for outputs, inputs in ((24576, 1536), (2112, 7168), (7168, 16384), (7168, 2048)):
             scales = empty(-(-outputs // 128), inputs // 128, dtype=torch.float32)
-            splits = fp8_linear.splits_for(outputs, inputs, rows, chip)
             for x in activations(chip, rows, inputs):
                 fp8_linear.fp8_linear(x, empty(outputs, inputs, dtype=chip.fp8), scales)
-                fp8_linear.fp8_linear(x, empty(outputs, inputs, dtype=chip.fp8), scales, splits=max(2, splits))
         for x in activations(chip, rows, 7168):
             gate_up = empty(36864, 7168, dtype=chip.fp8), empty(288, 56, dtype=torch.float32)
             fp8_linear.fp8_linear(x, *gate_up, gated=True)
@@ -118,19 +117,18 @@ def launch_experts(chip: chips.Chip) -> None:
     )  # fmt: skip
     for tokens in (1, 16, 256):
         ids, weights = empty(tokens, 9, dtype=torch.int32), empty(tokens, 9, dtype=torch.float32)
-        tiles = experts.group(ids, 257) if tokens > 1 else None
+        pairs = experts.group(ids, 257) if tokens > 1 else experts.one_pair_tiles(ids)
         for x in activations(chip, tokens, 7168):
-            h = experts.gate_up(x, ids, stack, tiles)
-            experts.down(h, ids, weights, stack, tiles)
-            if tokens > 1 and chip.fp8_units:
-                experts.down(quant.quantise(h), ids, weights, stack, tiles)
+            experts.gate_up(x, ids, stack, pairs)
+        for h in activations(chip, 9 * tokens, 2048):
+            experts.down(h, ids, weights, stack, pairs)
 
 
 def launch_router(chip: chips.Chip) -> None:
     for name in ("deepseek_v3", "deepseek_v2_lite"):
         spec = load_spec(name)
         bias = empty(spec.n_routed_experts, dtype=torch.float32) if spec.topk_method == "noaux_tc" else None
-        for tokens in (1, 16):
+        for tokens in (1, 8, 16):
             room = router.scratch(tokens, spec.n_routed_experts, torch.device("meta"))
             weight = empty(spec.n_routed_experts, spec.hidden_size)
             router.choose_experts(empty(tokens, spec.hidden_size), weight, bias, spec, room, shared=1)
@@ -149,8 +147,7 @@ def launch_rope(chip: chips.Chip) -> None:
     tables = empty(4096, 32, dtype=torch.float32), empty(4096, 32, dtype=torch.float32)
     at = empty(8, dtype=torch.int64), empty(8, dtype=torch.int64)
     q = empty(8, 128, 192)[:, :, 128:]
-    for kv in (empty(8, 576), empty(8, 4, 576, dtype=torch.float32)):
-        rope_cache.rope_cache(kv, empty(512), 1e-6, q, q, *at, *tables, empty(1000, 64, 576))
+    rope_cache.rope_cache(empty(8, 576), empty(512), 1e-6, q, q, *at, *tables, empty(1000, 64, 576))
 
 
 def main(name: str) -> None:
@@ -158,6 +155,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     for module in (quant, fp8_linear, experts, router, mla_decode, rope_cache):
         module.chip_of = lambda device: chip
+    fp8_linear.counters = lambda device: empty(1, dtype=torch.int32)
     JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)
     for launch in (launch_quant, launch_fp8_linear, launch_experts, launch_router, launch_mla, launch_rope):
         launch(chip)

@@ -36,6 +36,10 @@ def choices(tokens: int, per_token: int, seed: int = 0) -> torch.Tensor:
     return torch.cat([routed, torch.full((tokens, 1), 6)], 1).int()
 
 
+def tiles_of(ids: torch.Tensor) -> kernel.Tiles:
+    return kernel.group(ids, EXPERTS) if len(ids) > 1 else kernel.one_pair_tiles(ids)
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -49,10 +53,10 @@ def test_experts_equal_dequantised_products(tokens, per_token, quantised):
     layer = stack(ids)
     x = torch.randn(tokens, HIDDEN).bfloat16()
     x = quant.quantise(x) if quantised else x
-    tiles = kernel.group(ids, EXPERTS) if tokens > 1 else None
+    tiles = tiles_of(ids)
     h = kernel.gate_up(x, ids, layer, tiles)
     assert distance(h, kernel.gate_up_eager(x, ids, layer)) < 2**-8
-    h = quant.quantise(h) if quantised and tokens > 1 else h
+    h = quant.quantise(h) if quantised else h
     got = kernel.down(h, ids, weights, layer, tiles)
     assert got.dtype == torch.float32
     assert distance(got.sum(1), kernel.down_eager(h, ids, weights, layer).sum(1)) < 1e-6
@@ -63,7 +67,7 @@ def test_choices_of_other_ranks_add_nothing(tokens):
     ids = choices(tokens, 4)
     ids[0, 0], ids[-1, 2] = -1, EXPERTS
     layer, weights = stack(ids), torch.rand(ids.shape)
-    tiles = kernel.group(ids, EXPERTS) if tokens > 1 else None
+    tiles = tiles_of(ids)
     h = kernel.gate_up(torch.randn(tokens, HIDDEN).bfloat16(), ids, layer, tiles)
     here = (ids >= 0) & (ids < EXPERTS)
     h = torch.where(here.view(-1, 1), h, torch.nan)
@@ -88,7 +92,8 @@ def test_tiles_hold_every_pair_once(tokens, per_token):
     assert used == sorted(used)
 
 
-def test_several_tokens_need_tiles():
+def test_tiles_of_another_size_are_refused():
     ids = choices(2, 3)
-    with pytest.raises(DeepspanError, match="several tokens need tiles"):
-        kernel.gate_up(torch.randn(2, HIDDEN).bfloat16(), ids, stack(ids), None)
+    tiles = kernel.group(ids, EXPERTS, kernel.Config(32, 32, 2, 64, 2))
+    with pytest.raises(DeepspanError, match="tiles of 32 pairs: kernel gate_up"):
+        kernel.gate_up(torch.randn(2, HIDDEN).bfloat16(), ids, stack(ids), tiles)

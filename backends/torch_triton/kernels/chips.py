@@ -23,7 +23,6 @@ class Chip:
     fnuz: bool = False  # whether e4m3 is the fnuz form
     dependent_launch: bool = False  # whether a kernel may start before the one ahead of it has ended
     shared_memory: int = 64 << 10  # bytes a program may use
-    warp: int = 32  # threads that run together
 
     @property
     def fp8(self) -> torch.dtype:
@@ -37,15 +36,15 @@ CHIPS = {
         Chip("sm_80", 108, fp8_units=False, shared_memory=163 << 10),
         Chip("sm_90", 132, fp8_units=True, dependent_launch=True, shared_memory=227 << 10),
         Chip("sm_100", 148, fp8_units=True, dependent_launch=True, shared_memory=227 << 10),
-        Chip("gfx942", 304, fp8_units=True, fnuz=True, warp=64),
-        Chip("gfx950", 256, fp8_units=True, shared_memory=160 << 10, warp=64),
+        Chip("gfx942", 304, fp8_units=True, fnuz=True),
+        Chip("gfx950", 256, fp8_units=True, shared_memory=160 << 10),
     )
 }
 
 
 def chip_named(name: str) -> Chip:
     """The chip of an architecture name such as sm_90 or gfx942."""
-    return CHIPS.get(name) or Chip(name, 64, fp8_units=False, warp=64 if name.startswith("gfx9") else 32)
+    return CHIPS.get(name) or Chip(name, 64, fp8_units=False)
 
 
 @lru_cache
@@ -55,6 +54,12 @@ def chip_of(device: torch.device) -> Chip:
         return Chip("interpreter", 2, fp8_units=True)
     arch = triton.runtime.driver.active.get_current_target().arch
     return chip_named(arch if isinstance(arch, str) else f"sm_{arch}")
+
+
+@lru_cache
+def counters(device: torch.device) -> torch.Tensor:
+    """Zeros that the programs of a launch count with and leave as zeros. Kernels of a device run one after another."""
+    return torch.zeros(1 << 14, dtype=torch.int32, device=device)
 
 
 def check(condition: bool, what: str, kernel: str) -> None:

@@ -2,16 +2,16 @@
 
 All experts of a layer are one stack with the shared expert at its end (two of the routed width are two experts); the
 router lists it among each token's choices with weight 1, so nothing here knows of it. A "pair" is one token and one of
-its choices. One token: each pair is a matrix-vector product, and the down projection is one sum over all pairs. Several
-tokens: pairs of the same expert form tiles, so that an expert's weights are read once.
+its choices. Pairs of the same expert form tiles, so that an expert's weights are read once.
 
 Shape letters: T tokens, P choices per token (the shared expert included), E experts in the stack, D hidden, I expert
-width, U tiles of pairs of one expert, M pairs of a tile. Every sum has a fixed order.
+width, U tiles of pairs of one expert, M pairs of a tile, J weight rows of a tile. Every sum has a fixed order.
 Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, options
-from .fp8_linear import dequantise_weight, row_tile
+from .fp8_linear import dequantise_weight
 from .quant import GROUP, Codes, dequantise
 
 
@@ -34,83 +34,11 @@ class Stack(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Pairs ordered by expert; see `_group`."""
+    """Which pairs run together: from `group`, or from `one_pair_tiles`."""
 
-    expert_U: torch.Tensor  # int32, -1 for a tile that is not used
+    expert_U: torch.Tensor  # int32; a tile whose expert is not in the stack is not run
     rows_U: torch.Tensor  # int32, pairs in the tile
     pair_UM: torch.Tensor  # int32, undefined past the tile's rows
-
-
-# One token ------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _gate_up_one(
-    x_ptr, x_scales_ptr, x_scales_stride, ids_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e,
-    scales_stride, out_ptr, E, N, K, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr,
-    QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid: tiles of N, choices."""
-    pdl.wait(PDL)
-    pdl.release(PDL)
-    pair = tl.program_id(1)
-    expert = tl.load(ids_ptr + pair).to(tl.int64)
-    if (expert < 0) | (expert >= E):
-        return
-    n = tl.program_id(0) * BLOCK_N
-    n_N = n + tl.arange(0, BLOCK_N)
-    row_AN = (tl.arange(0, 2) * N)[:, None] + tl.minimum(n_N, N - 1)[None, :]
-    out_AN = tiles.one_row_product(
-        x_ptr, x_scales_ptr, x_scales_stride, w_ptr + expert * w_stride_e, row_AN.to(tl.int64), w_stride,
-        scales_ptr + expert * scales_stride_e, n // 128, (N + n) // 128, scales_stride, 0, tl.cdiv(K, 128), K,
-        BLOCKS, VECTOR, True, QUANTISED, EVEN_K, False,
-    )  # fmt: skip
-    gate_N, up_N = tl.split(tl.trans(out_AN))
-    tl.store(out_ptr + pair * N + n_N, tiles.silu_product(gate_N, up_N), mask=n_N < N)
-
-
-@triton.jit
-def _pair_of(step, steps, ids_ptr, blocks, E, BLOCKS: tl.constexpr):
-    """Step of a sum over all pairs: (pair, expert, first block, last block); none for an expert not in the stack."""
-    pair = step // steps
-    expert = tl.load(ids_ptr + pair).to(tl.int64)
-    present = (expert >= 0) & (expert < E)
-    return pair, tl.where(present, expert, 0), (step % steps) * BLOCKS, tl.where(present, blocks, 0)
-
-
-@triton.jit
-def _down_one(
-    h_ptr, ids_ptr, weights_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride, out_ptr,
-    P, E, N, K, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, EVEN_K: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid: tiles of N. The choices were made two launches ago, so that weights may be read before the wait."""
-    n = tl.program_id(0) * BLOCK_N
-    n_N = n + tl.arange(0, BLOCK_N)
-    row_AN = tl.minimum(n_N, N - 1).to(tl.int64)[None, :]
-    blocks = tl.cdiv(K, 128)
-    steps = tl.cdiv(blocks, BLOCKS)
-    acc_GAN = tl.zeros((BLOCKS * (128 // VECTOR), 1, BLOCK_N), tl.float32)
-    pair, expert, block, last = _pair_of(0, steps, ids_ptr, blocks, E, BLOCKS)
-    w_GANY = tiles.weight_tile(w_ptr + expert * w_stride_e, row_AN, w_stride, block, last, K, BLOCKS, VECTOR, EVEN_K)
-    pdl.wait(PDL)
-    pdl.release(PDL)
-    for step in range(P * steps):
-        following = tl.minimum(step + 1, P * steps - 1)
-        next_pair, next_expert, next_block, next_last = _pair_of(following, steps, ids_ptr, blocks, E, BLOCKS)
-        next_last = tl.where(step + 1 < P * steps, next_last, 0)
-        next_GANY = tiles.weight_tile(
-            w_ptr + next_expert * w_stride_e, row_AN, w_stride, next_block, next_last, K, BLOCKS, VECTOR, EVEN_K
-        )
-        acc_GAN += tl.load(weights_ptr + pair) * tiles.add_product(
-            tl.zeros_like(acc_GAN), w_GANY, h_ptr + pair * K, None, 0, scales_ptr + expert * scales_stride_e, n // 128,
-            0, scales_stride, block, last, K, BLOCKS, VECTOR, False, False, EVEN_K,
-        )  # fmt: skip
-        pair, expert, block, last, w_GANY = next_pair, next_expert, next_block, next_last, next_GANY
-    tl.store(out_ptr + n_N, tl.sum(tl.sum(acc_GAN, 1), 0), mask=n_N < N)
-
-
-# Several tokens -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -152,30 +80,39 @@ def _group(
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
     expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
-    out_ptr, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
-    QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router."""
-    pdl.wait(PDL)
-    pdl.release(PDL)
-    tile = tl.program_id(1)
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    if expert < 0:
-        return
+    """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router.
+
+    The tiles of a down projection were made two launches ago at least, so its weights may be asked for ahead.
+    """
     n = tl.program_id(0) * BLOCK_N
     n_N = n + tl.arange(0, BLOCK_N)
     j_J = tl.arange(0, 2 * BLOCK_N if GATED else BLOCK_N)
     matrix_J = j_J // BLOCK_N * N
-    row_J = matrix_J + tl.minimum(n + j_J % BLOCK_N, N - 1)
+    row_J = (matrix_J + tl.minimum(n + j_J % BLOCK_N, N - 1)).to(tl.int64)
+    tile = tl.program_id(1)
+    blocks = tl.cdiv(K, 128)
+    if GATED:
+        pdl.wait(PDL)
+    expert = tl.load(expert_ptr + tile).to(tl.int64)
+    present = (expert >= 0) & (expert < E)
+    w_ptr += tl.where(present, expert, 0) * w_stride_e
+    if not GATED:
+        tiles.ask_ahead(w_ptr, row_J, w_stride, 0, blocks, AHEAD)
+        pdl.wait(PDL)
+    pdl.release(PDL)
+    if not present:
+        return
     slot_M = tl.arange(0, BLOCK_M)
     valid_M = slot_M < tl.load(rows_ptr + tile)
     pair_M = tl.load(pair_ptr + tile * BLOCK_M + slot_M, mask=valid_M, other=0)
     x_row_M = pair_M // P if GATED else pair_M
     out_JM = tiles.rows_product(
         tl.zeros((j_J.shape[0], BLOCK_M), tl.float32), x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr,
-        x_scales_row_stride, x_scales_stride, w_ptr + expert * w_stride_e, row_J.to(tl.int64), w_stride,
-        scales_ptr + expert * scales_stride_e, (matrix_J + n) // 128, scales_stride, 0, tl.cdiv(K, 128), K,
-        QUANTISED, EVEN_K, STAGES,
+        x_scales_row_stride, x_scales_stride, w_ptr, row_J, w_stride, scales_ptr + expert * scales_stride_e,
+        (matrix_J + n) // 128, scales_stride, 0, blocks, K, QUANTISED, EVEN_K, STAGES,
     )  # fmt: skip
     if GATED:
         gate_NM, up_NM = tl.split(tl.permute(tl.reshape(out_JM, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
@@ -187,109 +124,113 @@ def _rows(
 
 
 class Config(NamedTuple):
-    block_m: int  # 1: the vector kernels
+    block_m: int
     gate_up_block_n: int
-    gate_up_warps: int
+    gate_up_stages: int
     down_block_n: int
-    down_warps: int
-    stages: int = 1  # of the matrix kernel
+    down_stages: int
+    warps: int = 4
+    ahead: int = 0  # blocks of 128 channels that the down projection asks for ahead
 
 
 def choose(tokens: int, chip: Chip) -> Config:
+    """One token: tiles that all run at once. More: so many tiles that deep pipelines count instead."""
+    if chip.shared_memory < 160 << 10:
+        return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
     if tokens == 1:
-        return Config(1, 4, 2, 8, 4)
-    block_m = 16 if tokens <= 128 else 32
-    return Config(block_m, 64, 4, 64, 4, 5 if chip.shared_memory >= 160 << 10 else 2)
+        return Config(16, 32, 4, 64, 4)
+    if tokens <= 128:
+        return Config(16, 64, 7, 128, 5)
+    return Config(32, 64, 5, 128, 4)
 
 
 def gate_up(
-    x: Codes | torch.Tensor,
-    ids_TP: torch.Tensor,
-    stack: Stack,
-    tiles_of_pairs: Tiles | None,
-    config: Config | None = None,
+    x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack, pairs: Tiles, config: Config | None = None
 ) -> torch.Tensor:
     """silu(gate x) * (up x) of every pair, BF16 [T P, I]; rows of pairs whose expert is not in the stack are undefined.
 
-    ``x``: codes or BF16 [T, D]. ``tiles_of_pairs`` from `group`, or None for one token.
+    ``x``: codes, or BF16 [T, D] (always so on a chip without FP8 units).
     """
     values_TD = x.codes if isinstance(x, Codes) else x
-    chip = chip_of(values_TD.device)
-    tokens, hidden = values_TD.shape
-    config = config or choose(tokens, chip)
-    experts, width = stack.gate_up.shape[0], stack.gate_up.shape[1] // 2
-    _check("gate_up", values_TD, stack.gate_up, stack.gate_up_scales, chip)
-    check(width % GROUP == 0, "an expert's width must be whole blocks", "gate_up")
-    check(ids_TP.is_contiguous() and ids_TP.shape[0] == tokens, f"choices {tuple(ids_TP.shape)}", "gate_up")
-    check((tokens == 1) == (tiles_of_pairs is None), "several tokens need tiles, one token none", "gate_up")
+    tokens = len(values_TD)
+    check(ids_TP.shape[0] == tokens, f"choices {tuple(ids_TP.shape)} of {tokens} tokens", "gate_up")
+    check(stack.gate_up.shape[1] % (2 * GROUP) == 0, "an expert's width must be whole blocks", "gate_up")
+    config = config or choose(tokens, chip_of(values_TD.device))
+    width = stack.gate_up.shape[1] // 2
     out = torch.empty(ids_TP.numel(), width, dtype=torch.bfloat16, device=values_TD.device)
-    w = stack.gate_up if chip.fp8_units else stack.gate_up.view(torch.uint8)
-    weight_args = (w, w.stride(0), w.stride(1), stack.gate_up_scales, *stack.gate_up_scales.stride()[:2])
-    x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
-    common = {
-        "QUANTISED": isinstance(x, Codes), "EVEN_K": hidden % GROUP == 0, "PDL": chip.dependent_launch,
-        "BLOCK_N": config.gate_up_block_n, **options(chip, config.gate_up_warps),
-    }  # fmt: skip
-    grid_N = triton.cdiv(width, config.gate_up_block_n)
-    if tiles_of_pairs is None:
-        _gate_up_one[(grid_N, ids_TP.numel())](
-            values_TD, x_scales, x_scales_strides[1], ids_TP, *weight_args, out, experts, width, hidden,
-            **row_tile(values_TD, config.gate_up_warps, chip), **common,
-        )  # fmt: skip
-    else:
-        _rows[(grid_N, len(tiles_of_pairs.expert_U))](
-            values_TD, values_TD.stride(0), x_scales, *x_scales_strides, None, *tiles_of_pairs, *weight_args, out,
-            width, hidden, ids_TP.shape[1], BLOCK_M=config.block_m, GATED=True, STAGES=config.stages,
-            **common,
-        )  # fmt: skip
+    weights = stack.gate_up, stack.gate_up_scales
+    _launch(
+        "gate_up", x, None, pairs, weights, out, ids_TP.shape[1], config.gate_up_block_n, config.gate_up_stages, config
+    )
     return out
 
 
 def down(
-    h: Codes | torch.Tensor, ids_TP: torch.Tensor, weights_TP: torch.Tensor, stack: Stack,
-    tiles_of_pairs: Tiles | None, foreign: bool = False, config: Config | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """The down projection times the router's weights, FP32 partial results to be added: [1, 1, D] or [T, P, D].
+    h: Codes | torch.Tensor,
+    ids_TP: torch.Tensor,
+    weights_TP: torch.Tensor,
+    stack: Stack,
+    pairs: Tiles,
+    foreign: bool = False,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """The down projection times the router's weights: FP32 partial results [T, P, D] for the next norm to add.
 
-    ``h``: from `gate_up`, BF16 or quantised. ``foreign``: choices outside the stack are other ranks' and add nothing.
+    ``h``: from `gate_up`, quantised or BF16. ``foreign``: choices outside the stack are other ranks' and add nothing.
     """
     values = h.codes if isinstance(h, Codes) else h
-    chip = chip_of(values.device)
     tokens, choices = ids_TP.shape
-    config = config or choose(tokens, chip)
-    experts, hidden, width = stack.down.shape
-    _check("down", values, stack.down, stack.down_scales, chip)
     check(len(values) == ids_TP.numel() and values.is_contiguous(), f"activations {tuple(values.shape)}", "down")
-    fits = weights_TP.shape == ids_TP.shape and weights_TP.is_contiguous() and ids_TP.is_contiguous()
+    fits = weights_TP.shape == ids_TP.shape and weights_TP.is_contiguous()
     check(fits and weights_TP.dtype == torch.float32, f"weights {tuple(weights_TP.shape)}", "down")
-    w = stack.down if chip.fp8_units else stack.down.view(torch.uint8)
-    weight_args = (w, w.stride(0), w.stride(1), stack.down_scales, *stack.down_scales.stride()[:2])
-    common = {
-        "EVEN_K": width % GROUP == 0, "PDL": chip.dependent_launch, "BLOCK_N": config.down_block_n,
-        **options(chip, config.down_warps),
-    }  # fmt: skip
-    grid_N = triton.cdiv(hidden, config.down_block_n)
-    if tiles_of_pairs is None:
-        check(tokens == 1 and not isinstance(h, Codes), "one token takes BF16 activations", "down")
-        out = torch.empty(1, 1, hidden, dtype=torch.float32, device=values.device)
-        _down_one[(grid_N,)](
-            values, ids_TP, weights_TP, *weight_args, out, choices, experts, hidden, width,
-            **row_tile(values, config.down_warps, chip), **common,
-        )  # fmt: skip
-        return out
+    config = config or choose(tokens, chip_of(values.device))
     room = torch.zeros if foreign else torch.empty
-    out = room(tokens, choices, hidden, dtype=torch.float32, device=values.device)
-    h_scales, h_scales_strides = (h.scales, h.scales.stride()) if isinstance(h, Codes) else (None, (0, 0))
-    _rows[(grid_N, len(tiles_of_pairs.expert_U))](
-        values, values.stride(0), h_scales, *h_scales_strides, weights_TP, *tiles_of_pairs, *weight_args, out,
-        hidden, width, choices, BLOCK_M=config.block_m, GATED=False, QUANTISED=isinstance(h, Codes),
-        STAGES=config.stages, **common,
-    )  # fmt: skip
+    out = room(tokens, choices, stack.down.shape[1], dtype=torch.float32, device=values.device)
+    weights = stack.down, stack.down_scales
+    _launch("down", h, weights_TP, pairs, weights, out, choices, config.down_block_n, config.down_stages, config)
     return out
 
 
+def _launch(
+    name: str, x: Codes | torch.Tensor, weights_TP: torch.Tensor | None, pairs: Tiles,
+    weights: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, choices: int, block_n: int, stages: int,
+    config: Config,
+) -> None:  # fmt: skip
+    values = x.codes if isinstance(x, Codes) else x
+    chip = chip_of(values.device)
+    w, scales = weights
+    _check(name, values, w, scales, chip)
+    check(pairs.pair_UM.shape[1] == config.block_m, f"tiles of {pairs.pair_UM.shape[1]} pairs", name)
+    x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
+    experts, _, inputs = w.shape
+    outputs = out.shape[-1]
+    codes = w if chip.fp8_units else w.view(torch.uint8)
+    gated = weights_TP is None
+    _rows[(triton.cdiv(outputs, block_n), len(pairs.expert_U))](
+        values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, codes, *codes.stride()[:2], scales,
+        *scales.stride()[:2], out, experts, outputs, inputs, choices, BLOCK_M=config.block_m, BLOCK_N=block_n,
+        STAGES=stages, AHEAD=0 if gated or not chip.dependent_launch else config.ahead, GATED=gated,
+        QUANTISED=isinstance(x, Codes), EVEN_K=inputs % GROUP == 0, PDL=chip.dependent_launch,
+        **options(chip, config.warps),
+    )  # fmt: skip
+
+
+def one_pair_tiles(ids_TP: torch.Tensor, config: Config | None = None) -> Tiles:
+    """Each pair its own tile: right for one token, whose choices are distinct. Launches nothing."""
+    block_m = (config or choose(len(ids_TP), chip_of(ids_TP.device))).block_m
+    check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "one_pair_tiles")
+    rows_U, pair_UM = _one_pair_rows(ids_TP.numel(), block_m, ids_TP.device)
+    return Tiles(ids_TP.view(-1), rows_U, pair_UM)
+
+
+@lru_cache
+def _one_pair_rows(pairs: int, block_m: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    pair_UM = torch.arange(pairs, dtype=torch.int32, device=device)[:, None].repeat(1, block_m)
+    return torch.ones(pairs, dtype=torch.int32, device=device), pair_UM
+
+
 def group(ids_TP: torch.Tensor, experts: int, config: Config | None = None) -> Tiles:
-    """Tiles of pairs by expert, for several tokens."""
+    """Tiles of the pairs of each expert."""
     chip = chip_of(ids_TP.device)
     pairs = ids_TP.numel()
     block_m = (config or choose(ids_TP.shape[0], chip)).block_m

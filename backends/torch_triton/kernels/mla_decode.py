@@ -115,7 +115,7 @@ class Config(NamedTuple):
 TABLE = {
     "": (Config(16, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     "sm_80": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
-    "sm_90": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 64, 8, 2)),
+    "sm_90": (Config(16, 64, 4, 2), Config(32, 64, 4, 2), Config(64, 64, 8, 2)),
     "sm_100": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 8, 2)),
     "gfx950": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
 }
@@ -128,10 +128,11 @@ def choose(rows: int, chip: Chip) -> Config:
 
 
 def parts_for(batch: int, rows: int, longest: int, chip: Chip) -> int:
-    """Parts of a context such that programs fill the chip once, of two tiles at least."""
+    """Parts of a context such that programs fill the chip once: large tiles one to a processor, others two."""
     config = choose(rows, chip)
     programs = batch * triton.cdiv(rows, config.block_n)
-    return max(1, min(chip.processors // programs, triton.cdiv(longest, 2 * config.block_s), 128))
+    rooms = chip.processors * (1 if config.block_n >= 64 else 2)
+    return max(1, min(rooms // programs, triton.cdiv(longest, config.block_s), 128))
 
 
 def mla_decode(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import e4m3, pdl
-from .chips import Chip, check, chip_of, options
+from .chips import check, chip_of, options
 
 GROUP = 128
 E4M3_MAX = 448.0
@@ -52,36 +52,49 @@ def _quantise_groups(x_GX, UE8M0: tl.constexpr, FNUZ: tl.constexpr):
 
 
 @triton.jit
+def _added(branch_ptr, branch_stride_p, residual_ptr, k_GX, K, P: tl.constexpr, ADD: tl.constexpr):
+    """The row's sum at channels ``k_GX``, rounded to BF16 if anything was added."""
+    mask = k_GX < K
+    x_GX = tl.load(branch_ptr + k_GX, mask=mask, other=0.0).to(tl.float32)
+    for p in tl.static_range(1, P):
+        x_GX += tl.load(branch_ptr + p * branch_stride_p + k_GX, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x_GX += tl.load(residual_ptr + k_GX, mask=mask, other=0.0).to(tl.float32)
+    if ADD or P > 1:
+        x_GX = x_GX.to(tl.bfloat16).to(tl.float32)
+    return x_GX
+
+
+@triton.jit
 def _add_norm_quantise(
     branch_ptr, branch_stride_t, branch_stride_p, residual_ptr, residual_stride, weight_ptr, sum_ptr, plain_ptr,
     codes_ptr, scales_ptr, scales_stride, eps, K, P: tl.constexpr, ADD: tl.constexpr, PLAIN: tl.constexpr,
-    QUANTISE: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    QUANTISE: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    """Grid: tokens, parts of a row. Each program sums the squares of the whole row: the costly rest is shared out."""
     t = tl.program_id(0).to(tl.int64)
-    group_G = tl.arange(0, BLOCK // 128)
-    k_GX = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask = k_GX < K
-    weight_GX = tl.load(weight_ptr + k_GX, mask=mask, other=0.0).to(tl.float32)
+    x_X = tl.arange(0, 128)
+    all_GX = tl.arange(0, BLOCK // 128)[:, None] * 128 + x_X[None, :]
+    group_G = tl.program_id(1) * (PART // 128) + tl.arange(0, PART // 128)
+    k_GX = group_G[:, None] * 128 + x_X[None, :]
+    weight_GX = tl.load(weight_ptr + k_GX, mask=k_GX < K, other=0.0).to(tl.float32)
+    branch_ptr += t * branch_stride_t
+    if ADD:
+        residual_ptr += t * residual_stride
     pdl.wait(PDL)
     pdl.release(PDL)
-    x_GX = tl.zeros((BLOCK // 128, 128), tl.float32)
-    for p in tl.static_range(P):
-        x_GX += tl.load(branch_ptr + t * branch_stride_t + p * branch_stride_p + k_GX, mask=mask, other=0.0).to(
-            tl.float32
-        )
-    if ADD:
-        x_GX += tl.load(residual_ptr + t * residual_stride + k_GX, mask=mask, other=0.0).to(tl.float32)
+    row_GX = _added(branch_ptr, branch_stride_p, residual_ptr, all_GX, K, P, ADD)
+    mean_square = tl.sum(tl.sum(row_GX * row_GX, 1), 0) / K
+    part_GX = row_GX if PART == BLOCK else _added(branch_ptr, branch_stride_p, residual_ptr, k_GX, K, P, ADD)
     if ADD or P > 1:
-        rounded_GX = x_GX.to(tl.bfloat16)
-        tl.store(sum_ptr + t * K + k_GX, rounded_GX, mask=mask)
-        x_GX = rounded_GX.to(tl.float32)
-    mean_square = tl.sum(tl.sum(x_GX * x_GX, 1), 0) / K
-    normed_GX = (x_GX * tl.rsqrt(mean_square + eps) * weight_GX).to(tl.bfloat16)
+        tl.store(sum_ptr + t * K + k_GX, part_GX, mask=k_GX < K)
+    normed_GX = (part_GX * tl.rsqrt(mean_square + eps) * weight_GX).to(tl.bfloat16)
     if PLAIN:
-        tl.store(plain_ptr + t * K + k_GX, normed_GX, mask=mask)
+        tl.store(plain_ptr + t * K + k_GX, normed_GX, mask=k_GX < K)
     if QUANTISE:
         codes_GX, scale_G = _quantise_groups(normed_GX.to(tl.float32), UE8M0, FNUZ)
-        tl.store(codes_ptr + t * K + k_GX, codes_GX, mask=mask)
+        tl.store(codes_ptr + t * K + k_GX, codes_GX, mask=k_GX < K)
         tl.store(scales_ptr + t + group_G * scales_stride, scale_G, mask=group_G * 128 < K)
 
 
@@ -119,20 +132,23 @@ def add_norm_quantise(
         bf16() if plain else None,
         empty_codes(tokens, channels, device) if quantise else None,
     )
-    _add_norm_quantise[(tokens,)](
+    block = max(GROUP, triton.next_power_of_2(channels))
+    part = norm_part(tokens, channels)
+    _add_norm_quantise[(tokens, triton.cdiv(channels, part))](
         branch_TPK, branch_TPK.stride(0), branch_TPK.stride(1) if branch_TPK.dim() == 3 else 0,
         residual_TK, residual_TK.stride(0) if residual_TK is not None else 0, weight_K, out.residual, out.plain,
         out.quantised.codes.view(torch.uint8) if out.quantised else None,
         out.quantised.scales if out.quantised else None, tokens, eps, channels,
         P=parts, ADD=residual_TK is not None, PLAIN=plain, QUANTISE=quantise, UE8M0=ue8m0, FNUZ=chip.fnuz,
-        BLOCK=max(GROUP, triton.next_power_of_2(channels)), PDL=chip.dependent_launch, **norm_options(chip, channels),
+        BLOCK=block, PART=part, PDL=chip.dependent_launch, **options(chip, warps=4 if block <= 2048 else 8),
     )  # fmt: skip
     return out
 
 
-def norm_options(chip: Chip, channels: int) -> dict[str, int | bool]:
-    """One row is one program's work: as many warps as keep a thread at 16 to 32 values."""
-    return options(chip, warps=4 if channels <= 2048 else 8)
+def norm_part(tokens: int, channels: int) -> int:
+    """Channels of a row that a program quantises: few tokens leave processors free to share a row."""
+    block = max(GROUP, triton.next_power_of_2(channels))
+    return min(1024, block) if tokens <= 64 else block
 
 
 def add_norm_quantise_eager(

@@ -48,8 +48,13 @@ def scratch(tokens: int, experts: int, device: torch.device) -> Scratch:
 
 @triton.jit
 def _best(values_TC):
-    """Each row's largest column; ties towards the lower index."""
-    return tl.argmax(values_TC, 1, tie_break_left=True)
+    """Each row's largest column; ties towards the lower index. One integer holds both: a single maximum finds it."""
+    C: tl.constexpr = values_TC.shape[1]
+    bits_TC = values_TC.to(tl.int32, bitcast=True)
+    ordered_TC = bits_TC ^ ((bits_TC >> 31) & 0x7FFFFFFF)  # as the floats are ordered
+    reversed_C = tl.arange(0, C) ^ (C - 1)
+    key_TC = (ordered_TC.to(tl.int64) << 32) | reversed_C[None, :]
+    return (tl.max(key_TC, 1) & 0xFFFFFFFF).to(tl.int32) ^ (C - 1)
 
 
 @triton.jit
@@ -188,6 +193,8 @@ def choose_experts(
     span = triton.cdiv(triton.cdiv(hidden, BLOCK_D), SPLITS) * BLOCK_D
     limit = groups > 1 and spec.topk_method != "greedy"
     per_group = experts // groups if limit else experts
+    rows = min(BLOCK_T, triton.next_power_of_2(tokens))
+    warps = max(2, rows)  # a warp for each row to choose for, so that rows need no exchange between warps
     normalise = spec.norm_topk_prob and (choices > 1 or spec.scales_normalised_weights)
     _route[(triton.cdiv(experts, BLOCK_E), triton.cdiv(hidden, span), triton.cdiv(tokens, BLOCK_T))](
         x_TD, x_TD.stride(0), weight_ED, weight_ED.stride(0), bias_E, room.logits_STE, room.arrived, *out,
@@ -196,8 +203,8 @@ def choose_experts(
         X=per_group, X_PADDED=triton.next_power_of_2(per_group),
         G_PADDED=triton.next_power_of_2(groups) if limit else 1, LIMIT=limit, TOP_GROUPS=spec.topk_group,
         NORMALISE=normalise, SCALE=not normalise or spec.scales_normalised_weights,
-        TOKENS=min(BLOCK_T, triton.next_power_of_2(tokens)), BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D,
-        STAGES=4 if chip.shared_memory >= 160 << 10 else 2, PDL=chip.dependent_launch, **options(chip, 4),
+        TOKENS=rows, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D,
+        STAGES=4 if chip.shared_memory >= 160 << 10 else 2, PDL=chip.dependent_launch, **options(chip, warps),
     )  # fmt: skip
     return out
 
