@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FOLDERS := backends configs convert models scripts serving
 
-.PHONY: demo test lint links bench clean
+.PHONY: demo test test-launch lint links bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/deepspan demo
@@ -13,6 +13,10 @@ demo: $(VENV)/.demo
 # One thread a worker: OpenMP threads that share a core spin while they wait for each other.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Runs of several processes and nodes, on this machine. Apart, because they wait for time-outs and use network ports.
+test-launch: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch
 
 lint: $(VENV)/.dev links
 	$(BIN)/ruff check .
@@ -35,7 +39,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[torch,speed,dev]'
+	$(PIP) --editable '.[torch,mindspore,speed,dev]'
 	touch $@ $(VENV)/.demo
 
 clean:

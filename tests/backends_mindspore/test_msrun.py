@@ -19,6 +19,7 @@ from deepspan.scripts.runtime import open_run, read_run
 from deepspan.serving.batch import complete
 
 pytest.importorskip("mindspore", reason="mindspore is not installed")
+pytestmark = pytest.mark.launch
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["请介绍一下北京的景点", *(prompt for prompt, _ in held_out_sums(4, seed=3))]
