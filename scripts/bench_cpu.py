@@ -77,9 +77,11 @@ class Peer:
 
     def __init__(self, directory: Path, dtype: torch.dtype):
         self.model = DeepseekV3ForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        self.choose(ATTENTION[0], PREFILL_EXPERTS[0])
 
     def choose(self, attention: str, experts: str) -> None:
         self.model.set_attn_implementation(attention)
+        self.experts = experts
         self.model.set_experts_implementation(experts)
 
     @torch.inference_mode()
@@ -90,7 +92,9 @@ class Peer:
     @torch.inference_mode()
     def decode(self, batch: int) -> float:
         """Seconds of a step, median of STEPS from CONTEXT tokens on."""
+        self.model.set_experts_implementation(PREFILL_EXPERTS[0])
         out = self.model(_tokens(batch, CONTEXT), use_cache=True, logits_to_keep=1)
+        self.model.set_experts_implementation(self.experts)
         times = []
         for _ in range(2 + STEPS):
             start = time.perf_counter()
