@@ -18,17 +18,19 @@ from pathlib import Path
 import torch
 from triton.runtime.errors import OutOfResources
 
-from deepspan.scripts.kernel_cases import GROUPS, Case, Setting
+from deepspan.scripts.kernel_cases import Case, Setting, attention, dense, grouped, small
+from deepspan.scripts.kernel_chain import chain
 
+GROUPS = {"dense": dense, "experts": grouped, "attention": attention, "small": small, "layer": chain}
 LAUNCHES = 64  # at least, in a graph
 REPLAYS = 11
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy."""
-    source = torch.zeros(1 << 32, dtype=torch.uint8, device=device)
+    """Bytes per second, read and written, of a large copy by the processors (the copy engine is slower)."""
+    source = torch.zeros(1 << 30, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2e6 * len(source) / median_us([lambda: target.copy_(source)] * 4)
+    return 2e6 * source.nbytes / median_us([lambda: torch.neg(source, out=target)] * 4)
 
 
 def median_us(runs: Sequence[Callable[[], object]]) -> float:

@@ -40,17 +40,17 @@ class Case(NamedTuple):
     error: Callable[[], float] | None = None
 
 
-def _codes(device: torch.device, *shape: int) -> Tensor:
+def random_codes(device: torch.device, *shape: int) -> Tensor:
     """Random e4m3 codes of all magnitudes up to 240, none NaN."""
     raw = torch.randint(0, 240, shape, dtype=torch.uint8, device=device)
     return raw.add_((raw >= 120).to(torch.uint8).mul_(8)).view(FP8)
 
 
-def _scales(device: torch.device, *shape: int) -> Tensor:
+def random_scales(device: torch.device, *shape: int) -> Tensor:
     return torch.rand(shape, device=device) * 1e-3
 
 
-def _rows(device: torch.device, *shape: int) -> Tensor:
+def random_rows(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device).bfloat16()
 
 
@@ -76,46 +76,33 @@ def _dense(setting: Setting, outputs: int, inputs: int, rows: int, gated: bool) 
     size = outputs * inputs
     device = setting.device
     weights = [
-        (_codes(device, outputs, inputs), _scales(device, -(-outputs // 128), inputs // 128))
+        (random_codes(device, outputs, inputs), random_scales(device, -(-outputs // 128), inputs // 128))
         for _ in range(1 + setting.copies_of // size)
     ]
-    x = quant.quantise(_rows(device, rows, inputs))
+    x = quant.quantise(random_rows(device, rows, inputs))
     twin = partial(fp8_linear.fp8_linear_eager, x, *weights[0], gated=gated)
     width = outputs // 2 if gated else outputs
-    for label, config, splits in _dense_configs(setting, width, inputs, rows, gated):
-        runs = [
-            partial(fp8_linear.fp8_linear, x, *weight, gated=gated, splits=splits, config=config) for weight in weights
-        ]
+    chosen = fp8_linear.choose(rows, width, inputs, gated, quant.chip_of(device))
+    for label, config in [("chosen", chosen), *(_dense_sweep(chosen, gated) if setting.sweep else [])]:
+        runs = [partial(fp8_linear.fp8_linear, x, *weight, gated=gated, config=config) for weight in weights]
         yield Case(
             "fp8_linear gated" if gated else "fp8_linear",
             f"{outputs}x{inputs} M{rows}",
-            f"{label} {tuple(config)} splits {splits}",
-            size + rows * (inputs + (4 * splits if splits else 2) * width),
+            f"{label} {tuple(config)}",
+            size + rows * (inputs + 2 * width),
             2 * rows * size,
             runs,
-            partial(_distance, runs[0], twin, add=True),
+            partial(_distance, runs[0], twin),
         )
 
 
-def _dense_configs(
-    setting: Setting, width: int, inputs: int, rows: int, gated: bool
-) -> Iterator[tuple[str, fp8_linear.Config, int | None]]:
-    chip = quant.chip_of(setting.device)
-    chosen = fp8_linear.choose(rows, width, chip)
-    splits = fp8_linear.splits_for(width, inputs, rows, chip)
-    yield "chosen", chosen, None
-    if not gated and splits > 1:
-        yield "chosen", chosen, splits
-    if not setting.sweep:
-        return
-    if rows == 1:
-        for block_n, warps in itertools.product((2, 4, 8) if gated else (4, 8, 16), (1, 2, 4, 8)):
-            yield "sweep", fp8_linear.Config(1, block_n, warps), None
-        return
-    for block_n, stages, parts in itertools.product((64, 128), (4, 8), (None,) if gated else (None, 2, 4, 8)):
-        config = fp8_linear.Config(max(16, rows), block_n // 2 if gated else block_n, 4, stages)
-        if (block_n + rows) * 128 * stages < 200 << 10:
-            yield "sweep", config, parts
+def _dense_sweep(chosen: fp8_linear.Config, gated: bool) -> Iterator[tuple[str, fp8_linear.Config]]:
+    for ahead in (4, 8):
+        yield "sweep", chosen._replace(ahead=ahead)
+    for block_n, stages, splits in itertools.product((64, 128), (3, 4, 6), (1,) if gated else (1, 2, 3, 4, 6, 8)):
+        config = fp8_linear.Config(chosen.block_m, block_n // 2 if gated else block_n, splits, 4, stages, 4)
+        if (block_n + chosen.block_m) * 128 * stages < 200 << 10:
+            yield "sweep", config
 
 
 # Experts --------------------------------------------------------------------------------------------------------------
@@ -124,8 +111,8 @@ def _dense_configs(
 def grouped(setting: Setting) -> Iterator[Case]:
     device, count = setting.device, setting.experts
     stack = experts.Stack(
-        _codes(device, count, 4096, 7168), _scales(device, count, 32, 56),
-        _codes(device, count, 7168, 2048), _scales(device, count, 56, 16),
+        random_codes(device, count, 4096, 7168), random_scales(device, count, 32, 56),
+        random_codes(device, count, 7168, 2048), random_scales(device, count, 56, 16),
     )  # fmt: skip
     for tokens in (1, 8, 32, 128):
         yield from _experts(setting, stack, tokens)
@@ -140,11 +127,12 @@ def _choices(setting: Setting, tokens: int) -> Tensor:
 def _experts(setting: Setting, stack: experts.Stack, tokens: int) -> Iterator[Case]:
     choices = [_choices(setting, tokens) for _ in range(8)]
     weights = torch.rand(tokens, 9, device=setting.device)
-    x = quant.quantise(_rows(setting.device, tokens, 7168))
+    x = quant.quantise(random_rows(setting.device, tokens, 7168))
     chosen = experts.choose(tokens, quant.chip_of(setting.device))
-    tiles = [experts.group(ids, setting.experts, chosen) if tokens > 1 else None for ids in choices]
-    wide = experts.gate_up(x, choices[0], stack, tiles[0])
-    h = quant.quantise(wide) if tokens > 1 else wide
+    tiles = [
+        experts.group(ids, setting.experts, chosen) if tokens > 1 else experts.one_pair_tiles(ids) for ids in choices
+    ]
+    h = quant.quantise(experts.gate_up(x, choices[0], stack, tiles[0]))
     hit = sum(len(ids.unique()) for ids in choices) / len(choices)  # the copies differ; bytes are their mean
     pairs = 9 * tokens
     shape = f"T{tokens}, {hit:.1f} experts"
@@ -163,22 +151,18 @@ def _experts(setting: Setting, stack: experts.Stack, tokens: int) -> Iterator[Ca
         downs = [partial(experts.down, h, ids, weights, stack, tile, config=config) for ids, tile in arguments]
         down_twin = partial(experts.down_eager, h, choices[0], weights, stack)
         yield Case(
-            "experts.down", shape, name, int(hit * 7168 * 2048) + pairs * (4096 + (4 * 7168 if tokens > 1 else 0)),
+            "experts.down", shape, name, int(hit * 7168 * 2048) + pairs * (2048 + 4 * 7168),
             2 * pairs * 7168 * 2048, downs, partial(_distance, downs[0], down_twin, add=True),
         )  # fmt: skip
 
 
-def _experts_sweep(chosen: experts.Config) -> list[tuple[str, experts.Config]]:
-    if chosen.block_m == 1:
-        up = ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 1), (2, 4))
-        down = ((8, 2), (8, 4), (8, 8), (16, 2), (16, 4), (4, 4), (4, 8), (16, 8))
-        return [("sweep", experts.Config(1, *a, *b)) for a, b in zip(up, down, strict=True)]
-    matrix = itertools.product((32, 64), (4, 8), (3, 5, 7))
-    return [
-        ("sweep", experts.Config(chosen.block_m, block_n, warps, 2 * block_n, warps, stages))
-        for block_n, warps, stages in matrix
-        if (2 * block_n + chosen.block_m) * 128 * stages < 200 << 10
-    ]
+def _experts_sweep(chosen: experts.Config) -> Iterator[tuple[str, experts.Config]]:
+    up = ((32, 3), (32, 4), (32, 6), (64, 3), (64, 4), (64, 6), (64, 7), (64, 9))
+    down = ((64, 3), (64, 4), (64, 6), (128, 3), (128, 4), (128, 5), (128, 6), (64, 8))
+    for (up_n, up_stages), (down_n, down_stages) in zip(up, down, strict=True):
+        yield "sweep", experts.Config(chosen.block_m, up_n, up_stages, down_n, down_stages, ahead=4)
+    for ahead in (0, 8, 16):
+        yield "sweep", chosen._replace(ahead=ahead)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -198,13 +182,13 @@ def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterat
     pages = batch * context // PAGE
     caches = [
         (
-            _rows(device, pages, PAGE, LATENT + ROPE),
+            random_rows(device, pages, PAGE, LATENT + ROPE),
             torch.randperm(pages, device=device).int().view(batch, -1),
             torch.full((batch,), context, dtype=torch.int32, device=device),
         )
         for _ in range(1 + setting.copies_of // size)
     ]
-    q = _rows(device, batch, heads, LATENT + ROPE)
+    q = random_rows(device, batch, heads, LATENT + ROPE)
     chip = quant.chip_of(device)
     parts = mla_decode.parts_for(batch, heads, context, chip)
     chosen = ("chosen", mla_decode.choose(heads, chip), parts)
@@ -223,9 +207,9 @@ def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterat
 
 def _attention_sweep(heads: int, parts: int) -> list[tuple[str, mla_decode.Config, int]]:
     if heads <= 16:
-        tiles = [(16, 32, 4, 2), (16, 32, 4, 3), (16, 64, 4, 2), (16, 64, 8, 2), (16, 32, 8, 4)]
+        tiles = [(16, 64, 4, 2), (16, 32, 4, 4), (16, 128, 8, 1)]
     else:
-        tiles = [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 1)]
+        tiles = [(64, 64, 8, 2), (64, 32, 4, 1, 2), (64, 64, 4, 1, 2), (64, 32, 4, 2, 2), (64, 32, 8, 1, 2)]
     configs = [mla_decode.Config(*tile) for tile in tiles]
     return [("sweep", config, part) for config in configs for part in sorted({parts, 2 * parts, max(1, parts // 2)})]
 
@@ -237,16 +221,17 @@ def small(setting: Setting) -> Iterator[Case]:
     """Norms, the router, RoPE with the cache write: microseconds of latency rather than bytes."""
     device = setting.device
     spec = load_spec("deepseek_v3")
-    weight, bias = _rows(device, 256, 7168), torch.randn(256, device=device)
+    weight, bias = random_rows(device, 256, 7168), torch.randn(256, device=device)
     norm, latent_norm = torch.rand(7168, device=device), torch.rand(LATENT, device=device)
     cos, sin = torch.rand(4096, 32, device=device), torch.rand(4096, 32, device=device)
     for tokens in (1, 8, 64):
-        x = _rows(device, tokens, 7168)
+        x = random_rows(device, tokens, 7168)
         for parts in (1, 9):
             branch = torch.randn(tokens, parts, 7168, device=device)
+            branch = branch.squeeze(1).bfloat16() if parts == 1 else branch
             add_norm = partial(quant.add_norm_quantise, branch, x, norm, 1e-6)
             yield Case(
-                "add_norm_quantise", f"T{tokens} P{parts}", "chosen", tokens * 7168 * (4 * parts + 5), 0, [add_norm]
+                "add_norm_quantise", f"T{tokens} P{parts}", "chosen", branch.nbytes + tokens * 7168 * 5, 0, [add_norm]
             )
         room = router.scratch(tokens, 256, device)
         route = partial(_router_weights, x, weight, bias, spec, room)
@@ -254,11 +239,13 @@ def small(setting: Setting) -> Iterator[Case]:
         moved = weight.numel() * 2 + tokens * 7168 * 2
         error = partial(_distance, route, route_twin)
         yield Case("router", f"T{tokens}", "chosen", moved, 2 * tokens * weight.numel(), [route], error)
-        kv, q = torch.randn(tokens, 8, 576, device=device), _rows(device, tokens, 128, 192)[:, :, 128:]
+        quantise = partial(quant.quantise, random_rows(device, 9 * tokens, 2048))
+        yield Case("quantise", f"T{9 * tokens} x 2048", "chosen", 9 * tokens * 2048 * 3, 0, [quantise])
+        kv, q = random_rows(device, tokens, LATENT + ROPE), random_rows(device, tokens, 128, 192)[:, :, 128:]
         at = torch.arange(tokens, device=device)
-        cache = _rows(device, tokens, PAGE, LATENT + ROPE)
+        cache = random_rows(device, tokens, PAGE, LATENT + ROPE)
         rope = partial(rope_cache.rope_cache, kv, latent_norm, 1e-6, q, q, at, at, cos, sin, cache)
-        yield Case("rope_cache", f"T{tokens} P8", "chosen", tokens * (8 * 576 * 4 + 576 * 2 + 128 * 64 * 4), 0, [rope])
+        yield Case("rope_cache", f"T{tokens}", "chosen", tokens * (2 * 576 * 2 + 128 * 64 * 4), 0, [rope])
 
 
 def _router_weights(*arguments: object) -> Tensor:
@@ -267,6 +254,3 @@ def _router_weights(*arguments: object) -> Tensor:
 
 def _router_twin(*arguments: object) -> Tensor:
     return router.choose_experts_eager(*arguments).weights  # type: ignore[arg-type]
-
-
-GROUPS = {"dense": dense, "experts": grouped, "attention": attention, "small": small}

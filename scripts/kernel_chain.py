@@ -1,0 +1,118 @@
+"""The kernels of one MoE layer in their order, as a decode step launches them, for `bench_kernels.py`.
+
+Left out: the two products with kv_b around attention (16.8 MB a layer), which have no kernel yet; their results are
+random rows of the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepspan.backends.torch_triton.kernels import experts, fp8_linear, mla_decode, quant, rope_cache, router
+from deepspan.models.catalog import load_spec
+from deepspan.scripts.kernel_cases import LATENT, PAGE, ROPE, Case, Setting, random_codes, random_rows, random_scales
+
+HIDDEN, QUERY_LATENT, HEADS, VALUES = 7168, 1536, 128, 16384
+SPEC = load_spec("deepseek_v3")
+
+
+class Layer(NamedTuple):
+    """Weights of one layer but its experts, which layers share here."""
+
+    down_projections: tuple[Tensor, Tensor]  # q_a and kv_a
+    q_b: tuple[Tensor, Tensor]
+    o: tuple[Tensor, Tensor]
+    router: Tensor
+    bias: Tensor
+    cache: Tensor
+
+
+class Step(NamedTuple):
+    """What a step's layers share."""
+
+    norms: dict[int, Tensor]  # by width
+    tables: tuple[Tensor, Tensor]
+    room: router.Scratch
+    position: Tensor
+    blocks: Tensor
+    lengths: Tensor
+    absorbed: Tensor  # [T, H, C + R]
+    values: Tensor  # [T, 16384], stands for the heads' values
+    stack: experts.Stack
+
+
+def run(layer: Layer, step: Step, residual: Tensor, branch: Tensor) -> Tensor:
+    """One layer: 13 launches for one token, 14 for several. Returns the experts' partial results."""
+    tokens = len(residual)
+    first = quant.add_norm_quantise(branch, residual, step.norms[HIDDEN], 1e-6)
+    assert first.quantised is not None and first.residual is not None
+    latents = fp8_linear.fp8_linear(first.quantised, *layer.down_projections)
+    query = quant.add_norm_quantise(latents[:, :QUERY_LATENT], None, step.norms[QUERY_LATENT], 1e-6).quantised
+    assert query is not None
+    q = fp8_linear.fp8_linear(query, *layer.q_b).view(tokens, HEADS, 192)
+    rope_cache.rope_cache(
+        latents[:, QUERY_LATENT:], step.norms[LATENT], 1e-6, q[:, :, 128:], step.absorbed[:, :, LATENT:],
+        step.position, step.position, *step.tables, layer.cache,
+    )  # fmt: skip
+    context = PAGE * step.blocks.shape[1]
+    mla_decode.mla_decode(step.absorbed, layer.cache, step.blocks, step.lengths, 0.04, LATENT, context)
+    attended = fp8_linear.fp8_linear(quant.quantise(step.values), *layer.o)
+    second = quant.add_norm_quantise(attended, first.residual, step.norms[HIDDEN], 1e-6, plain=True)
+    assert second.quantised is not None and second.plain is not None
+    choice = router.choose_experts(second.plain, layer.router, layer.bias, SPEC, step.room, shared=1)
+    pairs = experts.group(choice.ids, len(step.stack.down)) if tokens > 1 else experts.one_pair_tiles(choice.ids)
+    h = experts.gate_up(second.quantised, choice.ids, step.stack, pairs)
+    return experts.down(quant.quantise(h), choice.ids, choice.weights, step.stack, pairs)
+
+
+def chain(setting: Setting) -> Iterator[Case]:
+    device = setting.device
+    stack = experts.Stack(
+        random_codes(device, setting.experts, 4096, 7168), random_scales(device, setting.experts, 32, 56),
+        random_codes(device, setting.experts, 7168, 2048), random_scales(device, setting.experts, 56, 16),
+    )  # fmt: skip
+    for tokens, context in ((1, 1024), (8, 1024), (32, 1024), (128, 1024)):
+        blocks = tokens * context // PAGE
+        layers = [_layer(device, blocks) for _ in range(4 if setting.copies_of else 1)]
+        step = _step(device, tokens, blocks, stack)
+        residual, branch = random_rows(device, tokens, HIDDEN), torch.randn(tokens, 9, HIDDEN, device=device)
+        hit = _experts_hit(step, layers, residual)
+        dense = 2112 * 7168 + 24576 * 1536 + 7168 * 16384 + 256 * 7168 * 2 + tokens * context * 1152
+        moved = dense + int(hit * 3 * 2048 * 7168)
+        runs = [partial(run, layer, step, residual, branch) for layer in layers]
+        yield Case("layer without kv_b", f"T{tokens} x {context}, {hit:.1f} experts", "chosen", moved, 0, runs)
+
+
+def _layer(device: torch.device, blocks: int) -> Layer:
+    def matrix(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        return random_codes(device, outputs, inputs), random_scales(device, -(-outputs // 128), inputs // 128)
+
+    return Layer(
+        matrix(2112, 7168), matrix(24576, 1536), matrix(7168, 16384), random_rows(device, 256, HIDDEN),
+        torch.rand(256, device=device) * 0.1, random_rows(device, blocks, PAGE, LATENT + ROPE),
+    )  # fmt: skip
+
+
+def _step(device: torch.device, tokens: int, blocks: int, stack: experts.Stack) -> Step:
+    table = torch.randperm(blocks, device=device).int().view(tokens, -1)
+    return Step(
+        {width: torch.rand(width, device=device) for width in (HIDDEN, QUERY_LATENT, LATENT)},
+        (torch.rand(4096, ROPE // 2, device=device), torch.rand(4096, ROPE // 2, device=device)),
+        router.scratch(tokens, 256, device), torch.arange(tokens, device=device), table,
+        torch.full((tokens,), PAGE * table.shape[1], dtype=torch.int32, device=device),
+        random_rows(device, tokens, HEADS, LATENT + ROPE), random_rows(device, tokens, VALUES), stack,
+    )  # fmt: skip
+
+
+def _experts_hit(step: Step, layers: list[Layer], residual: Tensor) -> float:
+    """The experts that a layer's tokens choose are not those of its timed run, but as many, on average."""
+    hit = 0
+    for layer in layers:
+        x = random_rows(residual.device, *residual.shape)
+        hit += len(router.choose_experts(x, layer.router, layer.bias, SPEC, step.room, shared=1).ids.unique())
+    return hit / len(layers)
