@@ -206,11 +206,19 @@ def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterat
 
 
 def _attention_sweep(heads: int, parts: int) -> list[tuple[str, mla_decode.Config, int]]:
-    if heads <= 16:
-        tiles = [(16, 64, 4, 2), (16, 32, 4, 4), (16, 128, 8, 1)]
-    else:
-        tiles = [(64, 64, 8, 2), (64, 32, 4, 1, 2), (64, 64, 4, 1, 2), (64, 32, 4, 2, 2), (64, 32, 8, 1, 2)]
-    configs = [mla_decode.Config(*tile) for tile in tiles]
+    few = (
+        mla_decode.Config(16, 64, 4, 2),
+        mla_decode.Config(16, 32, 4, 4),
+        mla_decode.Config(16, 128, 8, 1),
+    )
+    many = (
+        mla_decode.Config(64, 64, 8, 2),
+        mla_decode.Config(64, 32, 4, 1, halves=2),
+        mla_decode.Config(64, 64, 4, 1, halves=2),
+        mla_decode.Config(64, 32, 4, 2, halves=2),
+        mla_decode.Config(64, 32, 8, 1, halves=2),
+    )
+    configs = few if heads <= 16 else many
     return [("sweep", config, part) for config in configs for part in sorted({parts, 2 * parts, max(1, parts // 2)})]
 
 
