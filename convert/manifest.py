@@ -38,6 +38,7 @@ def manifest(
         dropped[rule].append(name)
     content = {
         **begin,
+        "source_directory": str(plan.source.directory.resolve()),
         "notes": list(plan.notes),
         "dropped": dropped,
         "files": {

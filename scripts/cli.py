@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "measure task accuracy",
     "inspect": "tell what a checkpoint or a named model is",
     "convert": "bring a checkpoint into another layout or number format",
+    "verify": "check a checkpoint's bytes and values, or compare two in any layouts",
     "plan": "tell what each rank will hold and whether it fits, before anything loads",
     "launch": "start the workers of this node with torchrun or msrun",
     "bench": "time decode and prefill",

@@ -23,7 +23,7 @@ from ..declarations import fp8_config
 from ..meter import Meter, MeteredReader
 from ..plan import Output, Plan, SourceFiles
 from ..quant_config import QuantConfig
-from ..safetensors import Header, TensorInfo
+from ..safetensors import Header, Reader, TensorInfo
 from .huggingface import companions, index_files, new_shards
 from .options import Options
 from .source import source_model
@@ -62,7 +62,7 @@ def plan(directory: Path, options: Options) -> Plan:
     meter = Meter()
     reader = MeteredReader(meter)
     try:
-        headers = _open(directory, reader)
+        headers = open_ranks(directory, reader)
         block = QuantConfig(config.get("quantization_config") or {}, str(model.path)).block
         ranks = _Ranks(directory, spec, block, headers, reader)
         outputs, dropped = _outputs(ranks, options)
@@ -90,7 +90,8 @@ def plan(directory: Path, options: Options) -> Plan:
         raise
 
 
-def _open(directory: Path, reader: MeteredReader) -> tuple[Header, ...]:
+def open_ranks(directory: Path, reader: Reader) -> tuple[Header, ...]:
+    """The headers of a complete set of rank files, in the order of the ranks."""
     if not directory.is_dir():
         raise InputError("not a directory", str(directory), "give the directory that holds the rank files")
     found = {entry.name: match for entry in directory.iterdir() if (match := _RANK_FILE.fullmatch(entry.name))}

@@ -16,9 +16,10 @@ from ...models.params import Param, parameters
 from ...models.spec import ModelSpec
 from ..allowances import Allowances, AllowedCheckpoint
 from ..checkpoint import listed
+from ..golden_stick import GoldenStickReader
 from ..inventory import main_table
 from ..layout_io import CanonicalReader, LayoutWeights, target_output
-from ..meter import Meter, MeteredReader
+from ..meter import Meter
 from ..plan import Output, ShardPlan, SourceFiles, plan_shard
 from ..strict_json import read_object
 from .options import Options
@@ -30,7 +31,10 @@ _DTYPES = {"BF16": ("BF16", "F32", "F16"), "F32": ("F32", "BF16", "F16")}  # the
 
 @dataclass(frozen=True, eq=False)
 class MindSporeSource:
-    """An opened MindSpore directory in one of the layouts of `models.layouts.recognise`."""
+    """An opened MindSpore directory in one of the layouts of `models.layouts.recognise`.
+
+    Golden-stick's W8A8 modules are seen as the FP32 weights that they mean.
+    """
 
     checkpoint: AllowedCheckpoint
     layout: str
@@ -47,10 +51,11 @@ def open_mindspore(directory: Path, options: Options, allows: Allowances) -> Min
     model = source_model(directory, options)
     spec = model.spec
     meter = Meter()
-    reader = MeteredReader(meter)
+    reader = GoldenStickReader(meter)
     checkpoint = AllowedCheckpoint.open(directory, reader)
     try:
         checkpoint.make_exceptions(allows, (1, 1))
+        checkpoint.tensors = reader.plain(checkpoint.tensors)
         layout = recognise(checkpoint.headers.keys(), checkpoint.tensors.keys())
         if layout is None or not layout.startswith("mindspore_"):
             what = f"not a MindSpore layout of DeepSeek-V3, but {layout or 'unknown'}"

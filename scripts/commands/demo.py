@@ -12,13 +12,13 @@ from pathlib import Path
 from ... import backends
 from ...backends.base import FloatArray
 from ...convert.executor import run_plan
+from ...convert.inspection import inspect_directory
 from ...convert.kinds import fp8_to_bf16
 from ...convert.kinds.options import Options
 from ...models.errors import DeepspanError
 from ...models.everyday import EVERYDAY
 from ...models.params import total_parameters
 from ..closeness import measure
-from ..inspection import inspect_directory
 from ..prompts import Prompt, complete_prompts
 from ..runtime import open_run, read_run
 from ..tasks import TASKS

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ...convert.inspection import Inspection, inspect_directory
 from ...models.catalog import load_spec
 from ...models.dtypes import DTYPES
 from ...models.errors import InputError
@@ -23,7 +24,6 @@ from ...models.params import (
     total_parameters,
 )
 from ...models.spec import ModelSpec
-from ..inspection import Inspection, inspect_directory
 
 _LISTED = 10
 

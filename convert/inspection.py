@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..convert.checkpoint import Checkpoint
-from ..convert.inventory import take_inventory
-from ..convert.safetensors import Header, Reader, TensorInfo
-from ..convert.weights import quant_config
 from ..models.errors import InputError
 from ..models.hf_config import spec_from_hf
 from ..models.layouts.recognise import expected_names, recognise
 from ..models.spec import ModelSpec
+from .checkpoint import Checkpoint
+from .golden_stick import plain_names
+from .inventory import take_inventory
+from .safetensors import Header, Reader, TensorInfo
+from .weights import quant_config
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Inspection:
             raise InputError(f"not a complete checkpoint: {what}", str(self.directory), "see deepspan inspect")
 
 
-def inspect_directory(directory: Path) -> Inspection:
-    """Raises InputError only for what is no checkpoint directory at all."""
+def inspect_directory(directory: Path, spec: ModelSpec | None = None) -> Inspection:
+    """``spec`` is for a directory without a config.json. Raises InputError only for what is no checkpoint at all."""
     files = sorted(file.name for file in directory.iterdir() if file.name.endswith(".safetensors"))
     if not files:
         with Checkpoint.open(directory):  # says what the directory holds instead
@@ -55,7 +56,7 @@ def inspect_directory(directory: Path) -> Inspection:
         names = {name for header in headers.values() for name in header.tensors}
         layout = recognise(files, names)
         checkpoint = Checkpoint(directory, headers, reader)
-        found = Inspection(directory, layout, _spec(checkpoint, faults), headers, faults=faults)
+        found = Inspection(directory, layout, spec or _spec(checkpoint, faults), headers, faults=faults)
         if layout == "huggingface":
             _check_files(directory, faults)
             _take_stock(found, checkpoint)
@@ -106,6 +107,7 @@ def _take_stock(found: Inspection, checkpoint: Checkpoint) -> None:
 
 
 def _compare_names(found: Inspection, layout: str, spec: ModelSpec, files: list[str], names: set[str]) -> None:
+    names = plain_names(names)
     wanted, found.has_mtp = expected_names(layout, spec, files, names)
     scales = {f"{name.removesuffix('.weight')}.scale" for name in wanted}
     found.missing = sorted(wanted - names)
