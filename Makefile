@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FOLDERS := backends configs convert models scripts serving
 
-.PHONY: demo test test-launch lint links bench clean
+.PHONY: demo test test-mindspore lint links bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/deepspan demo
@@ -14,8 +14,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Runs of several processes and nodes, on this machine. Apart, because they wait for time-outs and use network ports.
-test-launch: $(VENV)/.dev
+# Apart from the suite: MindSpore is most of a gigabyte, compiles for minutes, and its launches use network ports.
+test-mindspore: $(VENV)/.mindspore
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends_mindspore tests/contract tests/cli/test_machine.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch
 
 lint: $(VENV)/.dev links
@@ -39,8 +40,12 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[torch,mindspore,speed,dev]'
+	$(PIP) --editable '.[torch,speed,dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.mindspore: $(VENV)/.dev
+	$(PIP) --editable '.[torch,mindspore,speed,dev]'
+	touch $@
 
 clean:
 	rm -rf build dist output $(VENV)
