@@ -127,7 +127,7 @@ def _compare_parts(a: View, b: View, name: str, parts: list[str]) -> Difference:
         error = _Error()
         error.add(*(_numbers(view, view.stored[name].tensors[part].name) for view in (a, b)))
         if error.relative >= worst.relative_error:
-            worst = Difference(name, f"{part} differs", error.largest, error.relative)
+            worst = Difference(name, f"the same values, but another {part}", error.largest, error.relative)
     return worst
 
 

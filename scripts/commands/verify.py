@@ -173,17 +173,20 @@ def _comparison_lines(a: View, b: View, found: Comparison, rtol: float) -> Itera
     within = [each for each in found.differing if each.within(rtol)]
     beyond = [each for each in found.differing if not each.within(rtol)]
     beyond.sort(key=lambda each: -each.relative_error)
-    worst = max((each.relative_error for each in found.differing), default=0.0)
     yield f"checkpoint   {a.directory} ({a.layout})"
     yield f"against      {b.directory} ({b.layout})"
     yield f"identical    {_count(found.identical, 'parameter')}"
     if rtol:
-        yield f"within       {_count(within, 'parameter')}, relative error up to {rtol:g}"
-    yield f"differing    {len(beyond):,}{f', largest relative error {worst:.3g}' if found.differing else ''}"
+        yield f"within       {rtol:g}: {_count(within, 'parameter')}{_worst(within)}"
+    yield f"differing    {_count(beyond, 'parameter')}{_worst(beyond)}"
     yield from _some(beyond)
     for title, names in (("missing", found.missing), ("extra", found.extra)):
-        yield f"{title:<12} {len(names):,}"
+        yield f"{title:<12} {_count(names, 'parameter')}"
         yield from _some(names)
+
+
+def _worst(differing: Sequence[Difference]) -> str:
+    return f", relative error up to {max(each.relative_error for each in differing):.3g}" if differing else ""
 
 
 def _some(items: Sequence[object]) -> Iterator[str]:
