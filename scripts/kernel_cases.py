@@ -97,10 +97,8 @@ def _dense(setting: Setting, outputs: int, inputs: int, rows: int, gated: bool) 
 
 
 def _dense_sweep(chosen: fp8_linear.Config, gated: bool) -> Iterator[tuple[str, fp8_linear.Config]]:
-    for ahead in (4, 8):
-        yield "sweep", chosen._replace(ahead=ahead)
     for block_n, stages, splits in itertools.product((64, 128), (3, 4, 6), (1,) if gated else (1, 2, 3, 4, 6, 8)):
-        config = fp8_linear.Config(chosen.block_m, block_n // 2 if gated else block_n, splits, 4, stages, 4)
+        config = fp8_linear.Config(chosen.block_m, block_n // 2 if gated else block_n, splits, 4, stages)
         if (block_n + chosen.block_m) * 128 * stages < 200 << 10:
             yield "sweep", config
 
@@ -160,9 +158,7 @@ def _experts_sweep(chosen: experts.Config) -> Iterator[tuple[str, experts.Config
     up = ((32, 3), (32, 4), (32, 6), (64, 3), (64, 4), (64, 6), (64, 7), (64, 9))
     down = ((64, 3), (64, 4), (64, 6), (128, 3), (128, 4), (128, 5), (128, 6), (64, 8))
     for (up_n, up_stages), (down_n, down_stages) in zip(up, down, strict=True):
-        yield "sweep", experts.Config(chosen.block_m, up_n, up_stages, down_n, down_stages, ahead=4)
-    for ahead in (0, 8, 16):
-        yield "sweep", chosen._replace(ahead=ahead)
+        yield "sweep", experts.Config(chosen.block_m, up_n, up_stages, down_n, down_stages)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -206,19 +202,9 @@ def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterat
 
 
 def _attention_sweep(heads: int, parts: int) -> list[tuple[str, mla_decode.Config, int]]:
-    few = (
-        mla_decode.Config(16, 64, 4, 2),
-        mla_decode.Config(16, 32, 4, 4),
-        mla_decode.Config(16, 128, 8, 1),
-    )
-    many = (
-        mla_decode.Config(64, 64, 8, 2),
-        mla_decode.Config(64, 32, 4, 1, halves=2),
-        mla_decode.Config(64, 64, 4, 1, halves=2),
-        mla_decode.Config(64, 32, 4, 2, halves=2),
-        mla_decode.Config(64, 32, 8, 1, halves=2),
-    )
-    configs = few if heads <= 16 else many
+    few = ((16, 64, 4, 2), (16, 32, 4, 4), (16, 64, 8, 2))
+    many = ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3))
+    configs = [mla_decode.Config(*tile) for tile in (few if heads <= 16 else many)]
     return [("sweep", config, part) for config in configs for part in sorted({parts, 2 * parts, max(1, parts // 2)})]
 
 

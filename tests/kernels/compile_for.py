@@ -52,11 +52,12 @@ class Launches:
         for i, param in enumerate(kernel.params):
             value = values[param.name]
             signature[param.name] = "constexpr"
-            if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            special = type(value) is int and not param.do_not_specialize
+            if param.is_constexpr or value is None or (special and value == 1):
                 constants[(i,)] = value
                 continue
             signature[param.name] = _type(value)
-            if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+            if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         key = repr((kernel.fn.__qualname__, kernel.fn.__module__, signature, constants, attributes, options))
         self.variants.setdefault(key, (kernel, signature, constants, attributes, options))

@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
     pair_UM: torch.Tensor  # int32, undefined past the tile's rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles_limit", "most"])
 def _group(
     ids_ptr, count_ptr, start_ptr, expert_ptr, rows_ptr, pair_ptr, E, pairs, tiles_limit, most,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
@@ -76,43 +76,34 @@ def _group(
     tl.store(pair_ptr + tile_P * BLOCK_M + rank_P % BLOCK_M, pair_P, mask=here_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_scales_stride"])
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
     expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
-    out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router.
-
-    The tiles of a down projection were made two launches ago at least, so its weights may be asked for ahead.
-    """
+    """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router."""
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    tile = tl.program_id(1)
+    expert = tl.load(expert_ptr + tile).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
     n = tl.program_id(0) * BLOCK_N
     n_N = n + tl.arange(0, BLOCK_N)
     j_J = tl.arange(0, 2 * BLOCK_N if GATED else BLOCK_N)
     matrix_J = j_J // BLOCK_N * N
     row_J = (matrix_J + tl.minimum(n + j_J % BLOCK_N, N - 1)).to(tl.int64)
-    tile = tl.program_id(1)
-    blocks = tl.cdiv(K, 128)
-    if GATED:
-        pdl.wait(PDL)
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    present = (expert >= 0) & (expert < E)
-    w_ptr += tl.where(present, expert, 0) * w_stride_e
-    if not GATED:
-        tiles.ask_ahead(w_ptr, row_J, w_stride, 0, blocks, AHEAD)
-        pdl.wait(PDL)
-    pdl.release(PDL)
-    if not present:
-        return
     slot_M = tl.arange(0, BLOCK_M)
     valid_M = slot_M < tl.load(rows_ptr + tile)
     pair_M = tl.load(pair_ptr + tile * BLOCK_M + slot_M, mask=valid_M, other=0)
     x_row_M = pair_M // P if GATED else pair_M
     out_JM = tiles.rows_product(
         tl.zeros((j_J.shape[0], BLOCK_M), tl.float32), x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr,
-        x_scales_row_stride, x_scales_stride, w_ptr, row_J, w_stride, scales_ptr + expert * scales_stride_e,
-        (matrix_J + n) // 128, scales_stride, 0, blocks, K, QUANTISED, EVEN_K, STAGES,
+        x_scales_row_stride, x_scales_stride, w_ptr + expert * w_stride_e, row_J, w_stride,
+        scales_ptr + expert * scales_stride_e, (matrix_J + n) // 128, scales_stride, 0, tl.cdiv(K, 128), K,
+        QUANTISED, EVEN_K, STAGES,
     )  # fmt: skip
     if GATED:
         gate_NM, up_NM = tl.split(tl.permute(tl.reshape(out_JM, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
@@ -130,7 +121,6 @@ class Config(NamedTuple):
     down_block_n: int
     down_stages: int
     warps: int = 4
-    ahead: int = 0  # blocks of 128 channels that the down projection asks for ahead
 
 
 def choose(tokens: int, chip: Chip) -> Config:
@@ -205,11 +195,10 @@ def _launch(
     experts, _, inputs = w.shape
     outputs = out.shape[-1]
     codes = w if chip.fp8_units else w.view(torch.uint8)
-    gated = weights_TP is None
     _rows[(triton.cdiv(outputs, block_n), len(pairs.expert_U))](
         values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, codes, *codes.stride()[:2], scales,
         *scales.stride()[:2], out, experts, outputs, inputs, choices, BLOCK_M=config.block_m, BLOCK_N=block_n,
-        STAGES=stages, AHEAD=0 if gated or not chip.dependent_launch else config.ahead, GATED=gated,
+        STAGES=stages, GATED=weights_TP is None,
         QUANTISED=isinstance(x, Codes), EVEN_K=inputs % GROUP == 0, PDL=chip.dependent_launch,
         **options(chip, config.warps),
     )  # fmt: skip

@@ -20,11 +20,11 @@ from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "x_scales_stride", "span"])
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, w_stride, scales_ptr, scales_stride,
     out_ptr, part_ptr, counter_ptr, M, N, K, span,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, splits of K, tiles of M. ``span``: blocks of K in a split."""
@@ -36,7 +36,6 @@ def _rows(
     m_M = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_block = tl.program_id(1) * span
     last_block = tl.minimum(first_block + span, tl.cdiv(K, 128))
-    tiles.ask_ahead(w_ptr, row_J, w_stride, first_block, last_block, AHEAD)
     pdl.wait(PDL)
     pdl.release(PDL)
     out_JM = tiles.rows_product(
@@ -70,19 +69,25 @@ class Config(NamedTuple):
     splits: int
     warps: int
     stages: int
-    ahead: int = 0  # blocks of 128 channels to ask for before the kernel ahead has ended
 
 
 def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Config:
-    """Tiles that all run at once, two per processor, each with several loads in flight."""
+    """The fastest of a sweep on an H200 (benchmarks/kernels.json): as many tiles as run at once, none in a second wave.
+
+    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one.
+    """
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    rooms = 2 * chip.processors
-    stages = 4 if chip.shared_memory >= 160 << 10 else 2
+    few = block_m == 16
+    deep, shallow = (6, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
     if gated:
-        return Config(block_m, 32 if block_m <= 32 else 64, 1, 4, stages)
-    block_n = 64 if block_m <= 32 and triton.cdiv(outputs, 64) <= rooms else 128
-    splits = min(rooms // triton.cdiv(outputs, block_n), triton.cdiv(inputs, 4 * GROUP), 8)
-    return Config(block_m, block_n, max(1, splits), 4, stages)
+        return Config(block_m, 32, 1, 4, shallow) if few else Config(block_m, 64, 1, 4, deep)
+    if inputs >= 8192:
+        return Config(block_m, 128, max(1, chip.processors // triton.cdiv(outputs, 128)), 4, deep)
+    programs = triton.cdiv(outputs, 64)
+    if programs > 2 * chip.processors and few:
+        return Config(block_m, 128, 1, 4, shallow)
+    splits = min(8 if few else 4, 2 * chip.processors // programs) if inputs >= 4096 else 1
+    return Config(block_m, 64, max(1, splits), 4, shallow)
 
 
 def fp8_linear(
@@ -117,7 +122,7 @@ def fp8_linear(
         values_MK, values_MK.stride(0), x_scales, *x_scales_strides, w, w.stride(0), scales_RC, scales_RC.stride(0),
         out, part, counter, rows, outputs, inputs, triton.cdiv(triton.cdiv(inputs, GROUP), config.splits),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=config.splits, STAGES=config.stages,
-        AHEAD=config.ahead if chip.dependent_launch else 0, GATED=gated, QUANTISED=isinstance(x, Codes),
+        GATED=gated, QUANTISED=isinstance(x, Codes),
         EVEN_K=inputs % GROUP == 0, PDL=chip.dependent_launch, **options(chip, config.warps),
     )  # fmt: skip
     return out

@@ -2,12 +2,10 @@
 
 All heads share one key of C + R numbers and one value, its first C. So the rows of a program's query tile are heads,
 and query tokens if heads are few: the cache is read once per tile. Contexts are split so that one long sequence fills
-the chip; a second kernel merges the parts in their order. With many heads the values are halved between two programs:
-each scores all C + R numbers, but its sums fit half the registers, so that two programs share a processor and one
-computes while the other waits.
+the chip; a second kernel merges the parts in their order.
 
 Shape letters: B sequences, Q query tokens of a sequence, H heads, N query rows of a tile (token major), S cached tokens
-of a tile, C latent (kv_lora_rank), V its share that a program sums, R rope dim, X = C + R, P parts of a context.
+of a tile, C latent (kv_lora_rank), R rope dim, X = C + R, P parts of a context.
 Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1.2; online softmax: FlashAttention-2, FlashDecoding.
 """
 
@@ -25,55 +23,50 @@ from .chips import Chip, check, chip_of, options
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q_ptr, q_stride_t, q_stride_h, cache_ptr, cache_stride_block, cache_stride_token, table_ptr, table_stride,
     length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, C, R, PAGE: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of query rows (and halves of C), parts, sequences.
-
-    Writes BF16 results, or with parts FP32 ones and their log-sums.
-    """
+    """Grid: tiles of query rows, parts, sequences. Writes BF16 results, or with parts FP32 ones and their log-sums."""
     b = tl.program_id(2)
     part = tl.program_id(1)
-    half = tl.program_id(0) % HALVES
-    n_N = tl.program_id(0) // HALVES * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid_N = n_N < Q * H
     token_N = (b * Q + n_N // H).to(tl.int64)
-    c_V = half * BLOCK_V + tl.arange(0, BLOCK_V)
-    other_V = (1 - half) * BLOCK_V + tl.arange(0, BLOCK_V)
+    c_C = tl.arange(0, BLOCK_C)
     r_R = tl.arange(0, BLOCK_R)
     pdl.wait(PDL)
     pdl.release(PDL)
     length = tl.load(length_ptr + b)
-    q_ptrs_N1 = (q_ptr + token_N * q_stride_t + (n_N % H) * q_stride_h)[:, None]
-    q_NV = tl.load(q_ptrs_N1 + c_V[None, :], mask=valid_N[:, None] & (c_V < C)[None, :], other=0.0)
-    if HALVES == 2:
-        q_other_NV = tl.load(q_ptrs_N1 + other_V[None, :], mask=valid_N[:, None] & (other_V < C)[None, :], other=0.0)
-    q_NR = tl.load(q_ptrs_N1 + C + r_R[None, :], mask=valid_N[:, None] & (r_R < R)[None, :], other=0.0)
+    q_ptrs_N = q_ptr + token_N * q_stride_t + (n_N % H) * q_stride_h
+    q_NC = tl.load(q_ptrs_N[:, None] + c_C[None, :], mask=valid_N[:, None] & (c_C < C)[None, :], other=0.0)
+    q_NR = tl.load(q_ptrs_N[:, None] + C + r_R[None, :], mask=valid_N[:, None] & (r_R < R)[None, :], other=0.0)
     visible_N = length - (Q - 1 - n_N // H)  # a query token sees the tokens before it and itself
 
     most_N = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_N = tl.zeros((BLOCK_N,), tl.float32)
-    acc_NV = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    acc_NC = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     span = tl.cdiv(tl.cdiv(length, BLOCK_S), PARTS) * BLOCK_S
     start = part * span
     for s in tl.range(start, tl.minimum(start + span, length), BLOCK_S, num_stages=STAGES):
         s_S = s + tl.arange(0, BLOCK_S)
         if PAGE % BLOCK_S == 0:  # a tile lies in one block of the cache
             block = tl.load(table_ptr + b * table_stride + s // PAGE).to(tl.int64)
-            ptrs_S1 = (cache_ptr + block * cache_stride_block + (s_S % PAGE) * cache_stride_token)[:, None]
+            token_ptrs_S = cache_ptr + block * cache_stride_block + (s_S % PAGE) * cache_stride_token
         else:
             block_S = tl.load(table_ptr + b * table_stride + s_S // PAGE, mask=s_S < length, other=0).to(tl.int64)
-            ptrs_S1 = (cache_ptr + block_S * cache_stride_block + (s_S % PAGE) * cache_stride_token)[:, None]
-        k_SV = _entries(ptrs_S1, c_V, s_S < length, C, EVEN)
-        score_NS = tl.dot(q_NV, tl.trans(k_SV))
-        if HALVES == 2:
-            k_other_SV = _entries(ptrs_S1, other_V, s_S < length, C, EVEN)
-            score_NS = tl.dot(q_other_NV, tl.trans(k_other_SV), score_NS)
-        k_SR = _entries(ptrs_S1 + C, r_R, s_S < length, R, EVEN)
+            token_ptrs_S = cache_ptr + block_S * cache_stride_block + (s_S % PAGE) * cache_stride_token
+        mask_SC = tl.broadcast_to((s_S < length)[:, None], (BLOCK_S, BLOCK_C))
+        mask_SR = tl.broadcast_to((s_S < length)[:, None], (BLOCK_S, BLOCK_R))
+        if not EVEN:
+            mask_SC &= (c_C < C)[None, :]
+            mask_SR &= (r_R < R)[None, :]
+        k_SC = tl.load(token_ptrs_S[:, None] + c_C[None, :], mask=mask_SC, other=0.0)
+        k_SR = tl.load(token_ptrs_S[:, None] + C + r_R[None, :], mask=mask_SR, other=0.0)
+        score_NS = tl.dot(q_NC, tl.trans(k_SC))
         score_NS = tl.dot(q_NR, tl.trans(k_SR), score_NS) * scale_log2
         score_NS = tl.where(s_S[None, :] < visible_N[:, None], score_NS, float("-inf"))
         most_now_N = tl.maximum(most_N, tl.max(score_NS, 1))
@@ -81,23 +74,14 @@ def _attend(
         weight_NS = tl.exp2(score_NS - shift_N[:, None])
         shrink_N = tl.exp2(most_N - shift_N)
         sum_N = sum_N * shrink_N + tl.sum(weight_NS, 1)
-        acc_NV = tl.dot(weight_NS.to(tl.bfloat16), k_SV, acc_NV * shrink_N[:, None])
+        acc_NC = tl.dot(weight_NS.to(tl.bfloat16), k_SC, acc_NC * shrink_N[:, None])
         most_N = most_now_N
 
-    acc_NV /= tl.where(sum_N > 0, sum_N, 1.0)[:, None]
+    acc_NC /= tl.where(sum_N > 0, sum_N, 1.0)[:, None]
     row_N = (token_N * H + n_N % H) * PARTS + part
-    tl.store(out_ptr + row_N[:, None] * C + c_V[None, :], acc_NV, mask=valid_N[:, None] & (c_V < C)[None, :])
-    if PARTS > 1:  # -inf where no token was visible; both halves have the same
-        tl.store(lse_ptr + row_N, most_N + tl.log2(sum_N), mask=valid_N & (half == 0))
-
-
-@triton.jit
-def _entries(ptrs_S1, column_V, mask_S, columns, EVEN: tl.constexpr):
-    """Columns of the tile's cache entries, zero for tokens that are not there."""
-    mask_SV = tl.broadcast_to(mask_S[:, None], (mask_S.shape[0], column_V.shape[0]))
-    if not EVEN:
-        mask_SV &= (column_V < columns)[None, :]
-    return tl.load(ptrs_S1 + column_V[None, :], mask=mask_SV, other=0.0)
+    tl.store(out_ptr + row_N[:, None] * C + c_C[None, :], acc_NC, mask=valid_N[:, None] & (c_C < C)[None, :])
+    if PARTS > 1:
+        tl.store(lse_ptr + row_N, most_N + tl.log2(sum_N), mask=valid_N)  # -inf where no token was visible
 
 
 @triton.jit
@@ -125,7 +109,6 @@ class Config(NamedTuple):
     block_s: int
     warps: int
     stages: int
-    halves: int = 1
 
 
 # Configurations by chip for up to 16, up to 32, and more query rows; "" is one that fits any chip.
@@ -147,8 +130,8 @@ def choose(rows: int, chip: Chip) -> Config:
 def parts_for(batch: int, rows: int, longest: int, chip: Chip) -> int:
     """Parts of a context such that programs fill the chip once: large tiles one to a processor, others two."""
     config = choose(rows, chip)
-    programs = batch * triton.cdiv(rows, config.block_n) * config.halves
-    rooms = chip.processors * (1 if config.block_n >= 64 and config.halves == 1 else 2)
+    programs = batch * triton.cdiv(rows, config.block_n)
+    rooms = chip.processors * (1 if config.block_n >= 64 else 2)
     return max(1, min(rooms // programs, triton.cdiv(longest, config.block_s), 128))
 
 
@@ -188,13 +171,12 @@ def mla_decode(
     out = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=device)
     partial = torch.empty(tokens, heads, parts, latent, dtype=torch.float32, device=device) if parts > 1 else out
     lse = torch.empty(tokens, heads, parts, dtype=torch.float32, device=device) if parts > 1 else None
-    block_c = max(16 * config.halves, triton.next_power_of_2(latent))
+    block_c = max(16, triton.next_power_of_2(latent))
     block_r = max(16, triton.next_power_of_2(rope))
-    _attend[(triton.cdiv(rows, config.block_n) * config.halves, parts, batch)](
+    _attend[(triton.cdiv(rows, config.block_n), parts, batch)](
         q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
         lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
-        BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_V=block_c // config.halves, BLOCK_R=block_r,
-        HALVES=config.halves,
+        BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c, BLOCK_R=block_r,
         EVEN=block_c == latent and block_r == rope, STAGES=config.stages, PDL=chip.dependent_launch,
         **options(chip, config.warps, config.stages),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import e4m3, pdl
-from .chips import check, chip_of, options
+from .chips import Chip, check, chip_of, options
 
 GROUP = 128
 E4M3_MAX = 448.0
@@ -65,7 +65,7 @@ def _added(branch_ptr, branch_stride_p, residual_ptr, k_GX, K, P: tl.constexpr, 
     return x_GX
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales_stride"])
 def _add_norm_quantise(
     branch_ptr, branch_stride_t, branch_stride_p, residual_ptr, residual_stride, weight_ptr, sum_ptr, plain_ptr,
     codes_ptr, scales_ptr, scales_stride, eps, K, P: tl.constexpr, ADD: tl.constexpr, PLAIN: tl.constexpr,
@@ -133,7 +133,7 @@ def add_norm_quantise(
         empty_codes(tokens, channels, device) if quantise else None,
     )
     block = max(GROUP, triton.next_power_of_2(channels))
-    part = norm_part(tokens, channels)
+    part = norm_part(tokens, channels, parts, chip)
     _add_norm_quantise[(tokens, triton.cdiv(channels, part))](
         branch_TPK, branch_TPK.stride(0), branch_TPK.stride(1) if branch_TPK.dim() == 3 else 0,
         residual_TK, residual_TK.stride(0) if residual_TK is not None else 0, weight_K, out.residual, out.plain,
@@ -145,10 +145,16 @@ def add_norm_quantise(
     return out
 
 
-def norm_part(tokens: int, channels: int) -> int:
-    """Channels of a row that a program quantises: few tokens leave processors free to share a row."""
-    block = max(GROUP, triton.next_power_of_2(channels))
-    return min(1024, block) if tokens <= 64 else block
+def norm_part(tokens: int, channels: int, parts: int, chip: Chip) -> int:
+    """Channels of a row that a program quantises: few tokens leave processors free to share a row.
+
+    Each of them reads all of it, so with several partial results they must not outnumber the processors.
+    """
+    rooms = chip.processors * (4 if parts <= 2 else 1)
+    part = max(GROUP, triton.next_power_of_2(channels))
+    while part > 1024 and tokens * triton.cdiv(channels, part // 2) <= rooms:
+        part //= 2
+    return part
 
 
 def add_norm_quantise_eager(
@@ -172,7 +178,7 @@ def add_norm_quantise_eager(
     return Normed(residual, normed if plain else None, quantise_eager(normed, ue8m0) if quantise else None)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales_stride"])
 def _quantise(
     x_ptr, x_stride, codes_ptr, scales_ptr, scales_stride, K,
     UE8M0: tl.constexpr, FNUZ: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -18,10 +18,11 @@ import triton.language as tl
 
 from ....models.routing import route
 from ....models.spec import ModelSpec
-from . import pdl
+from . import pdl, tiles
 from .chips import check, chip_of, options
 
-BLOCK_T = 16  # tokens of a tile: the narrow side of the matrix unit
+BLOCK_T = 8  # tokens of a tile, for which one program chooses
+MATRIX_T = 16  # the narrow side of the matrix unit: a tile's tokens and zeros
 BLOCK_E = 16
 BLOCK_D = 128
 SPLITS = 8
@@ -87,39 +88,39 @@ def _scores(logits_TC, valid_C, SIGMOID: tl.constexpr):
     return scores_TC
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route(
     x_ptr, x_stride, w_ptr, w_stride, bias_ptr, logits_ptr, arrived_ptr, ids_ptr, weights_ptr, scaling, T, D, span,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr,
     X: tl.constexpr, X_PADDED: tl.constexpr, G_PADDED: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    NORMALISE: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    NORMALISE: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, MATRIX_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of E, splits of D, tiles of T. TOKENS: rows of a tile that can be valid."""
     tile = tl.program_id(2)
-    t_T = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot_T = tl.arange(0, MATRIX_T)
+    t_T = tile * BLOCK_T + slot_T
+    valid_T = (slot_T < BLOCK_T) & (t_T < T)
     e_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     row_E = tl.minimum(e_E, E - 1)
     pdl.wait(PDL)
     pdl.release(PDL)
-    acc_ET = tl.zeros((BLOCK_E, BLOCK_T), tl.float32)
+    acc_ET = tl.zeros((BLOCK_E, MATRIX_T), tl.float32)
     start = tl.program_id(1) * span
     end = tl.minimum(start + span, D)
     for d in tl.range(start, end, BLOCK_D, num_stages=STAGES):
         d_D = d + tl.arange(0, BLOCK_D)
-        x_mask_TD = (t_T < T)[:, None] & (d_D < end)[None, :]
+        x_mask_TD = valid_T[:, None] & (d_D < end)[None, :]
         x_TD = tl.load(x_ptr + (t_T * x_stride)[:, None] + d_D[None, :], mask=x_mask_TD, other=0.0)
         w_mask_ED = tl.broadcast_to((d_D < end)[None, :], (BLOCK_E, BLOCK_D))
         w_ED = tl.load(w_ptr + (row_E * w_stride)[:, None] + d_D[None, :], mask=w_mask_ED, other=0.0)
         acc_ET += tl.dot(w_ED, tl.trans(x_TD.to(w_ED.dtype)), input_precision="ieee")
     split_ptr = logits_ptr + tl.program_id(1) * T * E
-    tl.store(split_ptr + t_T[None, :] * E + e_E[:, None], acc_ET, mask=(t_T < T)[None, :] & (e_E < E)[:, None])
+    tl.store(split_ptr + t_T[None, :] * E + e_E[:, None], acc_ET, mask=valid_T[None, :] & (e_E < E)[:, None])
 
-    tl.debug_barrier()  # every thread's partial logits are written before this program counts as arrived
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") < programs - 1:
+    if not tiles.is_last(arrived_ptr + tile, tl.num_programs(0) * tl.num_programs(1)):
         return
-    tl.store(arrived_ptr + tile, 0)
 
     C: tl.constexpr = G_PADDED * X_PADDED
     c_C = tl.arange(0, C)
@@ -194,7 +195,6 @@ def choose_experts(
     limit = groups > 1 and spec.topk_method != "greedy"
     per_group = experts // groups if limit else experts
     rows = min(BLOCK_T, triton.next_power_of_2(tokens))
-    warps = max(2, rows)  # a warp for each row to choose for, so that rows need no exchange between warps
     normalise = spec.norm_topk_prob and (choices > 1 or spec.scales_normalised_weights)
     _route[(triton.cdiv(experts, BLOCK_E), triton.cdiv(hidden, span), triton.cdiv(tokens, BLOCK_T))](
         x_TD, x_TD.stride(0), weight_ED, weight_ED.stride(0), bias_E, room.logits_STE, room.arrived, *out,
@@ -203,8 +203,8 @@ def choose_experts(
         X=per_group, X_PADDED=triton.next_power_of_2(per_group),
         G_PADDED=triton.next_power_of_2(groups) if limit else 1, LIMIT=limit, TOP_GROUPS=spec.topk_group,
         NORMALISE=normalise, SCALE=not normalise or spec.scales_normalised_weights,
-        TOKENS=rows, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D,
-        STAGES=4 if chip.shared_memory >= 160 << 10 else 2, PDL=chip.dependent_launch, **options(chip, warps),
+        TOKENS=rows, BLOCK_T=BLOCK_T, MATRIX_T=MATRIX_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D,
+        STAGES=4 if chip.shared_memory >= 160 << 10 else 2, PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip
     return out
 

@@ -6,24 +6,13 @@ byte is read once. They are the left operand, so that a few tokens fill the narr
 of blocks, except that gate and up rows of a gated product are one tile, so that one pass over the activations serves
 both.
 
-Shape letters: J weight rows of a tile, M activation rows of a tile, X 128 channels, F blocks asked for ahead.
+Shape letters: J weight rows of a tile, M activation rows of a tile, X 128 channels.
 """
 
 import triton
 import triton.language as tl
 
 from . import e4m3
-
-
-@triton.jit
-def ask_ahead(w_ptr, row_J, w_stride, first_block, last_block, F: tl.constexpr):
-    """Bring the first ``F`` blocks of each row towards the chip: worth it before `pdl.wait`, while memory is idle."""
-    if F > 0:
-        block_F = tl.minimum(first_block + tl.arange(0, F), last_block - 1)
-        ptrs_JF = w_ptr + (row_J * w_stride)[:, None] + block_F[None, :] * 128
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs_JF.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
