@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...models.dtypes import FLOATS, bf16_to_f32, to_f32
 from ...models.params import Param
 from ..formats import Range
+from ..layout_io import contiguous
 from ..storage import Stored
 from .findings import in_parallel
 from .views import View
@@ -155,7 +156,7 @@ def _pieces(a: View, b: View, param: Param) -> Iterator[Range]:
 
 
 def _bits(array: NDArray) -> NDArray:
-    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+    return contiguous(array).view(f"u{array.itemsize}")
 
 
 def _widened(values: NDArray) -> NDArray:

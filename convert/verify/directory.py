@@ -10,6 +10,7 @@ from pathlib import Path
 from ...models.errors import InputError
 from ..inspection import Inspection
 from ..manifest import MANIFEST_FILE
+from ..meter import Meter, MeteredReader
 from ..safetensors import Reader
 from .contents import check_contents
 from .findings import Finding
@@ -70,7 +71,7 @@ def verify(directory: Path, options: Options, report: Report) -> Verdict:
         verdict.findings += check_recorded(directory, recorded, found.headers)
     is_whole = verdict.is_sound
     checksums = {} if recorded is None else recorded.checksums
-    with Reader() as reader, ExitStack() as stack:
+    with MeteredReader(Meter()) as reader, ExitStack() as stack:
         verdict.findings += check_contents(
             found.headers,
             checksums,

@@ -24,7 +24,7 @@ from ..kinds import KINDS, demo_to_hf
 from ..kinds.mindspore import open_mindspore
 from ..kinds.options import Options
 from ..kinds.source import HuggingFaceSource, open_huggingface, source_model
-from ..manifest import CONVERTER
+from ..manifest import CONVERTER, MANIFEST_FILE
 from ..meter import Meter
 from ..plan import SourceFiles
 from ..safetensors import Header, Reader, TensorInfo
@@ -42,6 +42,7 @@ from .remake import (
 from .slow_layouts import FromHuggingFace, FromMindSpore, unfolded
 
 _ELEMENTS = 64  # of a vector; of a matrix a whole row is made again
+_WORKERS = 4  # at most: the slow path may hold an expert several times in FP32
 # Rows of a tensor of the result, seen as a matrix; None where the source alone does not decide them.
 Remake = Callable[[TensorInfo, Range], "NDArray | None"]
 Headers = Mapping[str, Header]
@@ -55,6 +56,8 @@ def open_source(
     The structure is None where planning needs more than the source. ``stack`` closes the source. Raises InputError when
     it is not the one that was recorded, or cannot be read as it was.
     """
+    if recorded.kind not in _OPENERS:
+        raise InputError(f"unknown kind of conversion {recorded.kind!r}", MANIFEST_FILE, "use a newer deepspan")
     options = _options(recorded, None if (directory / "config.json").is_file() else config)
     files, remake = _OPENERS[recorded.kind](directory, options, headers, stack)
     _check_identity(files, recorded)
@@ -169,7 +172,7 @@ def _targets(headers: Headers, spec: ModelSpec, has_mtp: bool) -> dict[str, Targ
     names = plain_names(_names(headers))
     layout = recognise(headers, names)
     if layout is None or not layout.startswith("mindspore"):
-        raise InputError("not a MindSpore layout, as its manifest says", "conversion-manifest.json", "convert again")
+        raise InputError("not a MindSpore layout, as its kind says", MANIFEST_FILE, "convert again")
     return {target.name: target for target in mindspore_targets(layout, spec, has_mtp, names)}
 
 
@@ -202,7 +205,7 @@ def check_samples(
 ) -> Iterator[Finding | None]:
     """For each sample that the source decides: what is wrong with it, or None. ``report`` gets the number done."""
     work = partial(_check, remake, reader)
-    for done, (is_decided, finding) in enumerate(in_parallel(work, samples, workers), 1):
+    for done, (is_decided, finding) in enumerate(in_parallel(work, samples, min(workers, _WORKERS)), 1):
         report(done)
         if is_decided:
             yield finding

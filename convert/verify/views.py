@@ -25,6 +25,7 @@ from ..kinds.mindspore import open_mindspore
 from ..kinds.options import Options
 from ..kinds.source import source_model
 from ..layout_io import CanonicalReader
+from ..meter import Meter, MeteredReader
 from ..plan import Plan
 from ..safetensors import Reader, TensorInfo
 from ..storage import PLAIN, Stored
@@ -79,7 +80,7 @@ def open_view(directory: Path, config: str | None = None) -> View:
     with Checkpoint.open(directory) as checkpoint:
         layout = recognise(checkpoint.headers.keys(), checkpoint.tensors.keys())
     if layout == "huggingface":
-        opened = Checkpoint.open(directory)
+        opened = Checkpoint.open(directory, MeteredReader(Meter()))
         return _huggingface_view(layout, opened, source_model(directory, options).spec, opened.close)
     if layout is None:
         raise InputError("no layout of the DeepSeek-V3 family", str(directory), "see deepspan inspect")
