@@ -159,7 +159,10 @@ class RankWeights:
         return array
 
     def _read_codes(self, canonical: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """INT8 codes [N, K] and scales [N] of this rank's slice."""
+        """INT8 codes [N, K] and scales [N] of this rank's slice: the checkpoint's own, or made here."""
+        shard = self._shards[canonical]
+        if stored := self._weights.int8_channels(canonical, shard.rows, shard.cols):
+            return stored
         codes_NK, scales_N1 = quantise_int8_channels(self._read(canonical, "f32"))
         return codes_NK, scales_N1[:, 0]
 

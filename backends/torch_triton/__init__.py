@@ -1,4 +1,4 @@
-"""PyTorch behind the Runner protocol: eager operators on a CPU, every stored weight format, BF16 and FP32."""
+"""PyTorch behind the Runner protocol: eager operators on a CPU, Triton kernels and graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ...models.errors import InputError
 from ...models.spec import ModelSpec
 from ..base import Rank, Runner, SingleProcess
 from ..memory import describe_host, host_copy_bandwidth
+from .device import choose_device, copy_bandwidth, describe_gpus
 from .runner import TorchRunner
 
 
@@ -17,13 +18,19 @@ class TorchBackend:
         return SingleProcess()
 
     def build(self, spec: ModelSpec, run: RunConfig, rank: Rank) -> Runner:
-        return TorchRunner(spec, run)
+        device = choose_device(run)
+        if device.type == "cpu":
+            return TorchRunner(spec, run)
+        from .gpu.runner import GpuRunner  # Triton comes with PyTorch for GPUs only
+
+        return GpuRunner(spec, run, device)
 
     def devices(self) -> list[str]:
-        return [describe_host()]
+        return [*describe_gpus(), describe_host()]
 
     def copy_bandwidth(self, run: RunConfig) -> float:
-        return host_copy_bandwidth()
+        device = choose_device(run)
+        return host_copy_bandwidth() if device.type == "cpu" else copy_bandwidth(device)
 
 
 def backend() -> TorchBackend:

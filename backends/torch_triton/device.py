@@ -4,18 +4,88 @@ from __future__ import annotations
 
 import platform
 
+import psutil
 import torch
 
 from ...configs.schema import RunConfig
 from ...models.errors import InputError
+from ...models.spec import ModelSpec
+from ..memory import GIB
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check_device(run: RunConfig) -> None:
-    """Refuse a device that this backend cannot use."""
-    if run.device not in ("auto", "cpu"):
-        raise InputError(f"torch_triton does not run on {run.device} yet", "device", "set it to auto or cpu")
+def choose_device(run: RunConfig) -> torch.device:
+    """Where the run computes; auto is the GPU (NVIDIA's or AMD's, which PyTorch names alike) if there is one."""
+    if run.device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"torch_triton does not run on {run.device} yet", "device", "set it to auto, cuda or cpu")
+    if run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("PyTorch finds no GPU here", "device: cuda", "set it to cpu, or install PyTorch for your GPU")
+    return torch.device("cuda", 0)
+
+
+def choose_gpu_dtype(run: RunConfig, spec: ModelSpec) -> str:
+    """How a GPU holds linear weights, fp8 or bf16. auto is fp8 for models that are published in FP8."""
+    if run.dtype == "auto":
+        return "fp8" if spec.fp8 else "bf16"
+    if run.dtype not in ("bf16", "fp8"):
+        raise InputError(f"a GPU does not compute in {run.dtype} yet", "dtype", "set it to auto, fp8 or bf16")
+    return run.dtype
+
+
+def choose_gpu_kv_dtype(run: RunConfig) -> str:
+    """How a GPU holds the cache."""
+    if run.engine.kv_dtype not in ("auto", "bf16"):
+        raise InputError(
+            f"a GPU holds no cache in {run.engine.kv_dtype} yet", "engine.kv_dtype", "set it to auto or bf16"
+        )
+    return "bf16"
+
+
+def multiplies_blocks(device: torch.device) -> bool:
+    """Whether cuBLASLt multiplies FP8 matrices that have 1 x 128 and 128 x 128 scales there: Hopper, CUDA 12.9 on."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    version = tuple(map(int, torch.version.cuda.split(".")[:2]))
+    return torch.cuda.get_device_capability(device) == (9, 0) and version >= (12, 9)
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes; without a GPU, of the host."""
+    if device.type == "cpu":
+        host = psutil.virtual_memory()
+        return host.available, host.total
+    free, total = torch.cuda.mem_get_info(device)
+    return free, total
+
+
+def describe_gpus() -> list[str]:
+    """Each GPU of this machine in a line: name and memory."""
+    return [
+        f"cuda: {torch.cuda.get_device_name(number)}, {memory(torch.device('cuda', number))[1] / GIB:.1f} GiB"
+        for number in range(torch.cuda.device_count())
+    ]
+
+
+_COPY_BYTES = 2 << 30
+_COPY_REPEATS = 10
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy in a GPU's memory; the best of a few."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(_COPY_REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return 2 * _COPY_BYTES / best
 
 
 def choose_dtype(run: RunConfig) -> str:

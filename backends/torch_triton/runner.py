@@ -16,7 +16,7 @@ from ...models.spec import ModelSpec
 from ..base import FloatArray, IntArray, StepBatch, StepResult, Weights, next_tokens, output_rows
 from ..limits import cache_blocks, check_supported
 from ..memory import check_memory
-from .device import DTYPES, check_device, choose_dtype, choose_kv_dtype
+from .device import DTYPES, choose_dtype, choose_kv_dtype
 from .model import Model
 from .plan import Plan, make_plan
 from .sampling import sample
@@ -26,7 +26,6 @@ from .weights import TensorSource, weight_bytes
 class TorchRunner:
     def __init__(self, spec: ModelSpec, run: RunConfig):
         check_supported(spec, run)
-        check_device(run)
         self.spec = spec
         self.dtype = choose_dtype(run)
         self.kv_dtype = choose_kv_dtype(run, self.dtype)

@@ -24,7 +24,7 @@ def hash_u32(x: Tensor) -> Tensor:
 def gumbel_noise(seed_O: Tensor, position_O: Tensor, vocab_size: int) -> Tensor:
     """float32 [O, V]; ``seed_O`` and ``position_O`` are int64."""
     row_O = hash_u32(hash_u32(seed_O) ^ position_O)
-    bits_OV = hash_u32(row_O[:, None] ^ hash_u32(torch.arange(vocab_size))[None]) >> 9
+    bits_OV = hash_u32(row_O[:, None] ^ hash_u32(torch.arange(vocab_size, device=seed_O.device))[None]) >> 9
     return -torch.log(-torch.log((bits_OV.float() + 0.5) * 2.0**-23))
 
 
@@ -32,7 +32,8 @@ def filtered(logits_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> Tensor:
     """The logits, -inf where `models.sampling.keep_mask` is false."""
     sorted_FV, order_FV = logits_FV.sort(dim=1, descending=True, stable=True)
     limit_F = torch.where(top_k_F > 0, top_k_F, logits_FV.shape[1])
-    sorted_FV = sorted_FV.masked_fill(torch.arange(logits_FV.shape[1]) >= limit_F[:, None], float("-inf"))
+    rank_V = torch.arange(logits_FV.shape[1], device=logits_FV.device)
+    sorted_FV = sorted_FV.masked_fill(rank_V >= limit_F[:, None], float("-inf"))
     probability_FV = sorted_FV.softmax(dim=1)
     dropped_FV = probability_FV.cumsum(dim=1) - probability_FV >= top_p_F[:, None]
     dropped_FV[:, 0] = False

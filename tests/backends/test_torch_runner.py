@@ -162,7 +162,13 @@ def test_a_cpu_refuses_to_compute_in_low_precision(dtype):
 def test_what_a_cpu_does_not_have_is_refused():
     with pytest.raises(InputError, match=r"engine\.kv_dtype: set it to auto, bf16 or fp32"):
         build(V3, kv_dtype="fp8")
-    with pytest.raises(InputError, match="does not run on cuda yet: device: set it to auto or cpu"):
+    with pytest.raises(InputError, match="does not run on npu yet: device: set it to auto, cuda or cpu"):
+        build(V3, device="npu")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="PyTorch finds no GPU here: device: cuda: set it to cpu"):
         build(V3, device="cuda")
 
 

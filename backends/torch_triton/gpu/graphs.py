@@ -1,0 +1,103 @@
+"""Decode steps of fixed sizes, recorded once and replayed: the host starts a step with one call.
+
+A step of B sequences runs in the smallest recorded size that holds them. Recording happens at the first use of a size;
+`warm_up` does it for all sizes of the run at load.
+
+Shape letters: B sequences, Q new tokens of each, O = B Q outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....configs.schema import RunConfig
+from ...base import StepBatch
+from .inputs import DecodeBuffers
+from .model import Model
+from .sampling import Draw, draw, draw_of
+
+
+class Outputs(NamedTuple):
+    token_ids_O: Tensor  # int32
+    logits_OV: Tensor  # float32
+
+
+class Size(NamedTuple):
+    sequences: int
+    queries: int
+    how: Draw
+
+
+def sizes(max_batch: int) -> list[int]:
+    """Powers of two up to ``max_batch``, and ``max_batch``."""
+    powers = [1 << n for n in range(max_batch.bit_length()) if 1 << n < max_batch]
+    return [*powers, max_batch]
+
+
+class DecodeSteps:
+    """The forward pass over decode steps; ``width`` and ``longest`` bound a sequence's blocks and tokens."""
+
+    def __init__(self, model: Model, run: RunConfig, device: torch.device):
+        self._model = model
+        self._device = device
+        self._block_size = run.engine.block_size
+        self._longest = run.engine.max_seq_len
+        self._sizes = sizes(run.engine.max_batch)
+        self._records = run.engine.graphs and device.type != "cpu"
+        self._pool = torch.get_device_module(device).graph_pool_handle() if self._records else None
+        self._steps: dict[Size, DecodeStep] = {}
+
+    def warm_up(self) -> None:
+        """Record greedy steps of one token a sequence in all sizes, the largest first: others fit into its memory."""
+        for count in reversed(self._sizes):
+            self._step(Size(count, 1, Draw.GREEDY))
+
+    def run(self, batch: StepBatch, queries: int) -> Outputs:
+        """Start the step. Its outputs stay valid until the next one; rows past the batch are padding."""
+        count = next(size for size in self._sizes if size >= len(batch.query_lens_B))
+        step = self._step(Size(count, queries, draw_of(batch.sampling)))
+        step.buffers.fill(batch, self._block_size)
+        return step.run()
+
+    def _step(self, size: Size) -> DecodeStep:
+        if size not in self._steps:
+            width = -(-self._longest // self._block_size)
+            buffers = DecodeBuffers(size.sequences, size.queries, width, self._longest, self._device)
+            self._steps[size] = DecodeStep(self._model, buffers, size.how)
+            if self._records:
+                self._steps[size].record(self._device, self._pool)
+        return self._steps[size]
+
+
+class DecodeStep:
+    """One size: its buffers, and the forward pass over them."""
+
+    def __init__(self, model: Model, buffers: DecodeBuffers, how: Draw):
+        self.buffers = buffers
+        self._model = model
+        self._how = how
+        self._recorded: tuple[Any, Outputs] | None = None
+
+    def run(self) -> Outputs:
+        if self._recorded is None:
+            return self._forward()
+        graph, outputs = self._recorded
+        graph.replay()
+        return outputs
+
+    def record(self, device: torch.device, pool: Any) -> None:
+        """After a first run, which compiles kernels and allocates what outlives a step."""
+        gpu = torch.get_device_module(device)
+        self._forward()
+        gpu.synchronize()
+        graph = gpu.CUDAGraph()
+        with gpu.graph(graph, pool=pool):
+            outputs = self._forward()
+        self._recorded = graph, outputs
+
+    def _forward(self) -> Outputs:
+        logits_OV = self._model.logits(self._model.hidden(self.buffers.step))
+        return Outputs(draw(logits_OV, self.buffers.sampling, self._how), logits_OV)

@@ -1,0 +1,143 @@
+"""The forward pass on a GPU: as few launches as the kernels allow, none of which asks the host anything.
+
+A block's sublayer returns what is to be added to the residual stream (its "branch"); the next norm adds it, in FP32,
+and rounds the sum to BF16 once. Branches of experts come in parts.
+
+Shape letters: T tokens, O outputs, P parts, D hidden, V vocabulary, L layers, C cache blocks, Z slots of one,
+X cache entry.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....models.rope import rope_tables
+from ..kernels.quant import Normed
+from ..kernels.router import Scratch, choose_experts, scratch
+from .attention import Attention, Rope
+from .inputs import Step
+from .linear import operand, product_f32
+from .loader import Loader
+
+
+class Stream(NamedTuple):
+    """The residual stream, and a branch that has not been added to it yet; there is no residual before the first."""
+
+    branch: Tensor  # [T, D] or [T, P, D]
+    residual_TD: Tensor | None
+
+    def rows(self, rows_O: Tensor) -> Stream:
+        return Stream(self.branch[rows_O], None if self.residual_TD is None else self.residual_TD[rows_O])
+
+
+class Model:
+    """At most ``max_tokens`` run in a step, which writes ``cache_LCZX``: what fits beside the loaded weights."""
+
+    cache_LCZX: Tensor
+
+    def __init__(self, loader: Loader, max_positions: int, max_tokens: int):
+        spec, source = loader.spec, loader.source
+        self._spec = spec
+        rope = Rope(*(torch.from_numpy(table).to(source.device) for table in rope_tables(spec, max_positions)))
+        room = scratch(max_tokens, spec.n_routed_experts, source.device)
+        self._embedding_VD = source.plain("model.embed_tokens.weight")
+        self._blocks = [Block(loader, layer, rope, room) for layer in range(spec.num_hidden_layers)]
+        self._norm = loader.plain_norm("model.norm.weight")
+        self._head_VD = source.plain("lm_head.weight")
+        self._mtp = MTP(loader, rope, room) if source.has_mtp else None
+
+    def hidden(self, step: Step) -> Stream:
+        """The stream after the last block."""
+        stream = Stream(F.embedding(step.token_ids_T, self._embedding_VD), None)
+        for block, cache_CZX in zip(self._blocks, self.cache_LCZX, strict=False):
+            stream = block(stream, step, cache_CZX)
+        return stream
+
+    def logits(self, stream: Stream) -> Tensor:
+        """float32 [T, V]."""
+        return product_f32(_plain(self._norm(*stream)), self._head_VD)
+
+    def draft_logits(self, stream: Stream, next_ids_T: Tensor, rows_O: Tensor, step: Step) -> Tensor:
+        """float32 [O, V] for the token after the next of rows ``rows_O``; the MTP layer's cache gets all T."""
+        assert self._mtp is not None, "the runner refuses drafts without an MTP layer"
+        normed = self._norm(*stream)
+        hidden_TD = _plain(normed) if self._spec.mtp_hidden == "post_norm" else normed.residual
+        assert hidden_TD is not None, "a norm returns the sum"
+        return self._mtp(hidden_TD, next_ids_T, rows_O, step, self.cache_LCZX[len(self._blocks)])
+
+
+class Block:
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, loader: Loader, layer: int, rope: Rope, room: Scratch):
+        prefix, eps = f"model.layers.{layer}", loader.spec.rms_norm_eps
+        is_moe = loader.spec.is_moe(layer)
+        self._input_norm = loader.norm(f"{prefix}.input_layernorm.weight", eps)
+        self._attention = Attention(loader.spec, loader.projections(f"{prefix}.self_attn"), rope)
+        self._mlp_norm = loader.norm(f"{prefix}.post_attention_layernorm.weight", eps, plain=is_moe)
+        self._mlp = MoE(loader, f"{prefix}.mlp", room) if is_moe else SwiGLU(loader, f"{prefix}.mlp")
+
+    def __call__(self, stream: Stream, step: Step, cache_CZX: Tensor) -> Stream:
+        normed = self._input_norm(*stream)
+        branch_TD = self._attention(operand(normed), step, cache_CZX)
+        normed = self._mlp_norm(branch_TD, normed.residual)
+        return Stream(self._mlp(normed), normed.residual)
+
+
+class SwiGLU:
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, loader: Loader, prefix: str):
+        self._hidden = loader.spec.hidden_size
+        self._gate_up, self._down = loader.swiglu(prefix)
+
+    def __call__(self, normed: Normed) -> Tensor:
+        y_TN = self._down(self._gate_up.gated(operand(normed)))
+        return y_TN[:, : self._hidden]
+
+
+class MoE:
+    def __init__(self, loader: Loader, prefix: str, room: Scratch):
+        spec, source = loader.spec, loader.source
+        self._spec = spec
+        self._room = room
+        self._gate_ED = source.plain(f"{prefix}.gate.weight")
+        bias = f"{prefix}.gate.e_score_correction_bias"
+        self._bias_E = source.plain(bias, torch.float32) if spec.has_router_bias else None
+        self._experts = loader.experts(prefix)
+
+    def __call__(self, normed: Normed) -> Tensor:
+        """FP32 [T, P, D], to be added."""
+        shared = self._spec.n_shared_experts
+        choice = choose_experts(_plain(normed), self._gate_ED, self._bias_E, self._spec, self._room, shared)
+        return self._experts(operand(normed), choice)
+
+
+class MTP:
+    """Predicts the token after the next from a hidden state and the next token (DeepSeek-V3 section 2.2)."""
+
+    def __init__(self, loader: Loader, rope: Rope, room: Scratch):
+        spec, source = loader.spec, loader.source
+        prefix = f"model.layers.{spec.num_hidden_layers}"
+        self._embedding_VD = source.plain(f"{prefix}.embed_tokens.weight")
+        self._embedding_norm = loader.plain_norm(f"{prefix}.enorm.weight")
+        self._hidden_norm = loader.plain_norm(f"{prefix}.hnorm.weight")
+        self._projection = source.plain(f"{prefix}.eh_proj.weight")
+        self._block = Block(loader, spec.num_hidden_layers, rope, room)
+        self._norm = loader.plain_norm(f"{prefix}.shared_head.norm.weight")
+        self._head_VD = source.plain(f"{prefix}.shared_head.head.weight")
+
+    def __call__(self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, step: Step, cache_CZX: Tensor) -> Tensor:
+        embedding_TD = self._embedding_norm(F.embedding(next_ids_T, self._embedding_VD))
+        joined = torch.cat([_plain(embedding_TD), _plain(self._hidden_norm(hidden_TD))], dim=1)
+        stream = self._block(Stream(F.linear(joined, self._projection), None), step, cache_CZX)
+        return product_f32(_plain(self._norm(*stream.rows(rows_O))), self._head_VD)
+
+
+def _plain(normed: Normed) -> Tensor:
+    assert normed.plain is not None, "this norm was made with its BF16 result"
+    return normed.plain

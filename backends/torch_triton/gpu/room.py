@@ -1,0 +1,75 @@
+"""How much of a device's memory a run takes: weights, what one step works in, and the cache in the rest."""
+
+from __future__ import annotations
+
+import torch
+
+from ....configs.schema import RunConfig
+from ....models.capacity import GIB
+from ....models.costs import LINEAR_BYTES
+from ....models.errors import InputError
+from ....models.params import parameters
+from ....models.spec import ModelSpec
+from ...limits import cache_blocks
+from ..device import memory
+
+_LIBRARIES = 2 << 30  # workspaces of cuBLAS and graphs, compiled kernels, fragmentation
+_PREFIXES = 4  # times max_batch sequences of max_seq_len: more cache than that holds prefixes nobody asks for again
+
+
+def weight_bytes(spec: ModelSpec, mtp: bool, dtype: str) -> int:
+    """What the loaded model holds; kv_b_proj and what is not quantised in a checkpoint are in BF16."""
+    total = 0.0
+    for param in parameters(spec, mtp):
+        low = param.quantised and not param.name.endswith("kv_b_proj.weight")
+        total += param.size * (LINEAR_BYTES[dtype] if low else 2)
+    return round(total)
+
+
+def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
+    """An upper estimate of what a step of max_batch_tokens allocates: the larger of attention and experts, logits."""
+    tokens, length = run.engine.max_batch_tokens, run.engine.max_seq_len
+    heads, hidden = spec.num_attention_heads, spec.hidden_size
+    attention = tokens * heads * (2 * spec.qk_head_dim + 3 * spec.v_head_dim) + tokens * (spec.q_lora_rank or 0)
+    expanded = length * heads * (spec.qk_nope_head_dim + spec.v_head_dim + 3 * spec.qk_head_dim)
+    choices = spec.num_experts_per_tok + spec.n_shared_experts
+    experts = tokens * choices * (2 * hidden + 2 * spec.moe_intermediate_size)  # FP32 results count twice
+    dense = tokens * 4 * spec.intermediate_size
+    values = 6 * tokens * hidden + max(attention + expanded, experts, dense)
+    return 2 * values + 12 * max(run.engine.max_batch, 8) * spec.vocab_size + _LIBRARIES
+
+
+def check_weights_fit(spec: ModelSpec, mtp: bool, run: RunConfig, dtype: str, device: torch.device) -> None:
+    needed = weight_bytes(spec, mtp, dtype) + working_bytes(spec, run)
+    allowed = _allowed(run, device)
+    if needed > allowed:
+        raise InputError(
+            f"{dtype} weights and room for a step need {needed / GIB:.1f} GiB, the device has {allowed / GIB:.1f} GiB",
+            "engine.memory_fraction",
+            "use more or larger GPUs, or lower engine.max_batch_tokens",
+        )
+
+
+def blocks_that_fit(spec: ModelSpec, run: RunConfig, layers: int, device: torch.device) -> int:
+    """Cache blocks for the memory that loaded weights and a step leave; InputError when no sequence would fit."""
+    block_bytes = layers * run.engine.block_size * spec.latent_dim * torch.bfloat16.itemsize
+    room = _allowed(run, device) - working_bytes(spec, run)
+    fit = max(0, room) // block_bytes
+    longest = -(-run.engine.max_seq_len // run.engine.block_size)
+    if fit < longest:
+        missing = longest * block_bytes - room
+        raise InputError(
+            f"no room for the cache of {run.engine.max_seq_len} tokens: {missing / GIB:.1f} GiB are missing",
+            "engine.max_seq_len",
+            "lower it or engine.max_batch_tokens, or raise engine.memory_fraction",
+        )
+    return min(fit, _PREFIXES * cache_blocks(run))
+
+
+def _allowed(run: RunConfig, device: torch.device) -> int:
+    """Bytes that this run may still take."""
+    free, total = memory(device)
+    if run.engine.device_memory_gib is not None:
+        free, total = free - total, round(run.engine.device_memory_gib * GIB)
+        free += total
+    return free - round((1 - run.engine.memory_fraction) * total)

@@ -1,0 +1,114 @@
+"""StepBatch in, StepResult out, on a GPU: decode steps are recorded graphs, steps with prompts run as they come.
+
+Shape letters as in `backends.base`; T tokens with padding, O outputs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....configs.schema import RunConfig
+from ....models.errors import InputError
+from ....models.spec import ModelSpec
+from ...base import StepBatch, StepResult, Weights, next_tokens, output_rows
+from ...limits import check_supported
+from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
+from .graphs import DecodeSteps
+from .inputs import mixed_step, same_queries, sampling_numbers
+from .loader import Loader
+from .model import Model
+from .room import blocks_that_fit, check_weights_fit
+from .sampling import draw, draw_of
+from .source import DeviceTensors, DrawnTensors, StoredTensors
+
+_SEED = 0  # of weights that are drawn here
+
+
+class GpuRunner:
+    def __init__(self, spec: ModelSpec, run: RunConfig, device: torch.device):
+        check_supported(spec, run)
+        self.spec = spec
+        self.dtype = choose_gpu_dtype(run, spec)
+        self.kv_dtype = choose_gpu_kv_dtype(run)
+        self.block_size = run.engine.block_size
+        self.kv_blocks = 0
+        self._run = run
+        self._device = device
+        _check_shapes(spec)
+
+    @torch.inference_mode()
+    def load(self, weights: Weights) -> None:
+        run, spec = self._run, self.spec
+        check_weights_fit(spec, weights.has_mtp, run, self.dtype, self._device)
+        source = self._source(weights)
+        self._has_mtp = source.has_mtp
+        layers = spec.num_hidden_layers + (spec.num_nextn_predict_layers if source.has_mtp else 0)
+        loader = Loader(spec, source, fp8=self.dtype == "fp8")
+        tokens = max(run.engine.max_batch_tokens, 8 * run.engine.max_batch)
+        self._model: Model | None = Model(loader, run.engine.max_seq_len, tokens)
+        self.kv_blocks = blocks_that_fit(spec, run, layers, self._device)
+        shape = (layers, self.kv_blocks, self.block_size, spec.latent_dim)
+        self._model.cache_LCZX = torch.zeros(shape, dtype=torch.bfloat16, device=self._device)
+        held = f"{self.kv_blocks} blocks of {self.block_size} tokens, {self._model.cache_LCZX.nbytes / 2**30:.1f} GiB"
+        print(f"note: cache: {held}", file=sys.stderr)
+        self._decode = DecodeSteps(self._model, run, self._device)
+
+    def _source(self, weights: Weights) -> DeviceTensors:
+        if self._run.model.weights == "random":
+            return DrawnTensors(self.spec, _SEED, self._device)
+        return StoredTensors(self.spec, weights, self._device)
+
+    @torch.inference_mode()
+    def step(self, batch: StepBatch) -> StepResult:
+        if batch.draft and not self._has_mtp:
+            raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
+        assert self._model is not None, "closed"
+        queries = None if batch.draft else same_queries(batch)
+        if queries is None:
+            return self._mixed(self._model, batch)
+        token_ids_O, logits_OV = self._decode.run(batch, queries)
+        count = len(batch.token_ids_T)
+        return StepResult(
+            token_ids_O[:count].cpu().numpy(), logits_OV[:count].cpu().numpy() if batch.return_logits else None
+        )
+
+    def close(self) -> None:
+        self._model = None
+        del self._decode
+
+    def _mixed(self, model: Model, batch: StepBatch) -> StepResult:
+        rows_O, sequence_O, position_O = output_rows(batch)
+        step = mixed_step(batch, self.block_size, self._run.engine.max_seq_len, self._device)
+        stream = model.hidden(step)
+        device_rows_O = torch.from_numpy(rows_O).to(self._device)
+        logits_OV, token_ids_O = self._no_outputs()
+        if len(rows_O):
+            logits_OV = model.logits(stream.rows(device_rows_O))
+            numbers = sampling_numbers(batch, sequence_O, position_O, self._device)
+            token_ids_O = draw(logits_OV, numbers, draw_of(batch.sampling))
+        token_ids = token_ids_O.cpu().numpy()
+        draft_OV = None
+        if batch.draft:
+            next_T = np.zeros(len(step.token_ids_T), np.int32)
+            next_T[: len(batch.token_ids_T)] = next_tokens(batch, rows_O, token_ids)
+            draft_OV = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), device_rows_O, step)
+        return StepResult(
+            token_ids_O=token_ids,
+            logits_OV=logits_OV.cpu().numpy() if batch.return_logits else None,
+            draft_token_ids_O=None if draft_OV is None else draft_OV.argmax(dim=1).int().cpu().numpy(),
+            draft_logits_OV=draft_OV.cpu().numpy() if draft_OV is not None and batch.return_logits else None,
+        )
+
+    def _no_outputs(self) -> tuple[Tensor, Tensor]:
+        logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
+        return logits_OV, torch.empty(0, dtype=torch.int32, device=self._device)
+
+
+def _check_shapes(spec: ModelSpec) -> None:
+    for name in ("hidden_size", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+        if getattr(spec, name) % 8:
+            raise InputError(f"{name} {getattr(spec, name)} is not a multiple of 8", "device", "set it to cpu")

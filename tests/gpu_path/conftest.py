@@ -1,0 +1,8 @@
+"""The GPU's path runs on CPU tensors here, its kernels in Triton's interpreter (see tests/conftest.py)."""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from tests.kernels.conftest import _bf16_as_on_a_gpu  # noqa: F401

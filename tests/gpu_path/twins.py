@@ -1,0 +1,39 @@
+"""The eager twins in the kernels' places: the same numbers quantised at the same points, without a kernel."""
+
+import torch
+
+from deepspan.backends.torch_triton.gpu import attention, experts, linear, model
+from deepspan.backends.torch_triton.kernels import experts as expert_kernels
+from deepspan.backends.torch_triton.kernels import fp8_linear, mla_decode, quant, rope_cache, router
+
+
+def _product(x, weight, scales, gated=False):
+    return fp8_linear.fp8_linear_eager(x, weight, scales, gated).bfloat16()
+
+
+def _attend(q, cache, table, lengths, scale, latent, longest):
+    return mla_decode.mla_decode_eager(q, cache, table, lengths, scale, latent).bfloat16()
+
+
+def _choose(x, weight, bias, spec, room, shared):
+    return router.choose_experts_eager(x, weight, bias, spec, shared)
+
+
+def put_in_place(monkeypatch):
+    monkeypatch.setattr(linear, "fp8_linear", _product)
+    monkeypatch.setattr(linear, "quantise", quant.quantise_eager)
+    monkeypatch.setattr(linear, "add_norm_quantise", quant.add_norm_quantise_eager)
+    monkeypatch.setattr(experts, "quantise", quant.quantise_eager)
+    monkeypatch.setattr(expert_kernels, "gate_up", _gate_up)
+    monkeypatch.setattr(expert_kernels, "down", _down)
+    monkeypatch.setattr(attention, "mla_decode", _attend)
+    monkeypatch.setattr(attention, "rope_cache", rope_cache.rope_cache_eager)
+    monkeypatch.setattr(model, "choose_experts", _choose)
+
+
+def _gate_up(x, ids, stack, tiles, config):
+    return expert_kernels.gate_up_eager(x, ids, stack).bfloat16()
+
+
+def _down(h, ids, weights, stack, tiles, config):
+    return expert_kernels.down_eager(h, ids, weights, stack).to(torch.float32)
