@@ -57,6 +57,14 @@ class RandomWeights:
         window = np.concatenate(chunks)[first : first + stop - start]
         return window if cols is None else np.ascontiguousarray(window[:, slice(*cols)])
 
+    def fp8_blocks(self, name: str) -> None:
+        """None: the values are plain."""
+
+    def int8_channels(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> None:
+        """None, too."""
+
     def _chunk(self, param: Param, index: int, dtype: str) -> NDArray:
         """Rows index * _ROWS and on, rounded to the parameter's own precision first: "f32" and "bf16" agree."""
         shape = min(_ROWS, param.shape[0] - index * _ROWS), *param.shape[1:]

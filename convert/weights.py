@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..models.dtypes import FLOATS, to_f32
 from ..models.errors import InputError
-from ..models.quant import result_dtype
+from ..models.quant import BLOCK, result_dtype
 from ..models.spec import ModelSpec
 from .checkpoint import Checkpoint, listed
 from .formats import FORMATS, Parts, Range, Window, check_parts
@@ -72,6 +73,25 @@ class CheckpointWeights:
         """
         stored = self.stored(name)
         return self._read_parts(stored, Window.of(stored.param, rows, cols))
+
+    def fp8_blocks(self, name: str) -> tuple[NDArray, NDArray] | None:
+        """Codes (e4m3fn) and multipliers of 128 x 128 blocks of a weight that is stored so, else None."""
+        stored = self.stored(name)
+        if stored.format != "fp8_block" or stored.block != BLOCK:
+            return None
+        parts = self.parts(name)
+        return parts["weight"], parts["weight_scale_inv"]
+
+    def int8_channels(
+        self, name: str, rows: Range | None = None, cols: Range | None = None
+    ) -> tuple[NDArray, NDArray] | None:
+        """Signed codes and multipliers [out] of a weight that is stored as INT8 without offsets, else None."""
+        if self.format(name) != "int8_channel":
+            return None
+        parts = self.parts(name, rows, cols)
+        if "weight_offset" in parts and parts["weight_offset"].any():
+            return None
+        return parts["weight"].view(np.int8), parts["weight_scale"].reshape(-1)
 
     def _read_parts(self, stored: Stored, window: Window) -> Parts:
         parts = {}

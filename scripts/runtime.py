@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -18,6 +18,7 @@ from .. import backends
 from ..backends.base import FloatArray, Rank, Runner, Weights
 from ..configs.schema import RunConfig, load_run
 from ..convert.checkpoint import Checkpoint
+from ..convert.layout_source import LayoutSource, is_mindspore
 from ..convert.random_weights import RandomWeights
 from ..convert.weights import CheckpointWeights
 from ..models.catalog import load_spec
@@ -126,7 +127,7 @@ def open_run(run: RunConfig) -> Session:
         run = _fit_to_model(run, spec)
         tokenizer = _tokenizer(run, spec)
         stop_tokens = _stop_tokens(run, spec, tokenizer)
-        weights: Weights = CheckpointWeights(checkpoint, spec) if checkpoint else RandomWeights(spec, RANDOM_SEED)
+        weights = _open_weights(opened, run, spec, checkpoint)
         backend = backends.load(run.backend)
         rank = backend.start(run)
         runner = backend.build(spec, run, rank)
@@ -134,6 +135,15 @@ def open_run(run: RunConfig) -> Session:
         with Progress("loading", len(list(weights.names()))) as progress:
             runner.load(CountedWeights(weights, progress))
         return Session(run, spec, rank, runner, tokenizer, stop_tokens, opened.pop_all())
+
+
+def _open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint: Checkpoint | None) -> Weights:
+    if checkpoint is None:
+        return RandomWeights(spec, RANDOM_SEED)
+    if is_mindspore(checkpoint):
+        has_config = (checkpoint.directory / "config.json").is_file()
+        return opened.enter_context(closing(LayoutSource(checkpoint.directory, None if has_config else run.model.spec)))
+    return CheckpointWeights(checkpoint, spec)
 
 
 class CountedWeights:
@@ -154,23 +164,35 @@ class CountedWeights:
     def read(
         self, name: str, dtype: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
     ) -> NDArray:
-        value = self._weights.read(name, dtype, rows, cols)
+        self._count(name)
+        return self._weights.read(name, dtype, rows, cols)
+
+    def fp8_blocks(self, name: str) -> tuple[NDArray, NDArray] | None:
+        self._count(name)
+        return self._weights.fp8_blocks(name)
+
+    def int8_channels(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> tuple[NDArray, NDArray] | None:
+        self._count(name)
+        return self._weights.int8_channels(name, rows, cols)
+
+    def _count(self, name: str) -> None:
         self._seen.add(name)
         self._progress.show(len(self._seen))
-        return value
 
 
 def model_spec(run: RunConfig, checkpoint: Checkpoint | None = None) -> ModelSpec:
     """The spec of the checkpoint, which a named spec must equal, or the named one for random weights."""
     model = run.model
-    if model.path:
-        config_file = Path(model.path) / "config.json"
+    config_file = Path(model.path or "") / "config.json"
+    if model.path and (config_file.is_file() or not model.spec):
         config = checkpoint.config if checkpoint else read_json(config_file)
         spec = spec_from_hf(config, str(config_file))
         if model.spec:
             _check_same(spec, load_spec(model.spec), str(config_file), model.spec)
     else:
-        assert model.spec, "the schema asks for a path or a spec"
+        assert model.spec, "the schema asks for a path or a spec, and a directory may lack config.json"
         spec = load_spec(model.spec)
     return spec.replace(model.overrides) if model.overrides else spec
 
