@@ -175,8 +175,8 @@ def _choose_fastest(peer: Peer, task: Task, experts: Sequence[str]) -> str:
     seconds = {}
     for choice in itertools.product(ATTENTION, experts):
         peer.choose(*choice)
-        task()
-        seconds[choice] = min(task() for _ in range(2))
+        task()  # the first run allocates and warms up
+        seconds[choice] = task()
     fastest = min(seconds, key=lambda choice: seconds[choice])
     peer.choose(*fastest)
     return ", ".join(fastest)
