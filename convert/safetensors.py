@@ -144,7 +144,9 @@ class Reader:
             row_bytes = info.nbytes // max(1, info.shape[0])
             begin, end = (info.begin + row * row_bytes for row in rows)
             info = replace(info, shape=(rows[1] - rows[0], *info.shape[1:]), begin=begin, end=end)
-        return self.read(info) if cols is None else self.read_slice(info, 1, *cols)
+        if cols is None or cols == (0, info.shape[1]):  # one stretch of the file
+            return self.read(info)
+        return self.read_slice(info, 1, *cols)
 
     def _columns(self, info: TensorInfo, rows: NDArray[np.uint8], stride: int, skip: int) -> None:
         step = max(1, _STRIP // stride)

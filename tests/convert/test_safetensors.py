@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -370,3 +371,21 @@ def test_wide_and_narrow_columns(width: int, tmp_path: Path) -> None:
         info = reader.header(path).tensors["a"]
         np.testing.assert_array_equal(reader.read_slice(info, 1, 777, 777 + width), values[:, 777 : 777 + width])
         np.testing.assert_array_equal(reader.read_rows(info, 10, 20), values[10:20])
+
+
+def test_a_window_of_whole_rows_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    values = np.arange(300 * 4096, dtype=np.float32).reshape(300, 4096)
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"a": values}, path)
+    with Reader() as reader:
+        info = reader.header(path).tensors["a"]
+        reads = []
+
+        def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            reads.append(offset)
+            return preadv(descriptor, buffers, offset)
+
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", counted)
+        np.testing.assert_array_equal(reader.read_window(info, (7, 290), (0, 4096)), values[7:290])
+    assert len(reads) == 1
