@@ -23,6 +23,6 @@ def check_supported(spec: ModelSpec, run: RunConfig) -> None:
         )
 
 
-def cache_blocks(run: RunConfig) -> int:
-    """Cache blocks that hold max_batch sequences of max_seq_len tokens."""
-    return run.engine.max_batch * -(-run.engine.max_seq_len // run.engine.block_size)
+def cache_blocks(run: RunConfig, replicas: int = 1) -> int:
+    """Cache blocks that hold a replica's part of max_batch sequences of max_seq_len tokens."""
+    return -(-run.engine.max_batch // replicas) * -(-run.engine.max_seq_len // run.engine.block_size)

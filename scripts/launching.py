@@ -16,7 +16,7 @@ from typing import IO
 
 from ..configs.schema import Launch
 from ..models.errors import DeepspanError, InputError
-from .worker import PROCESS_LINE, RESULTS
+from .worker import LOG_NAME, LOGS, PROCESS_LINE, RESULTS
 
 _WORKER = ("-m", "deepspan.scripts.worker")
 _POLL_SECONDS = 0.1
@@ -70,19 +70,25 @@ class Node:
             "master-addr": launch.master_addr,
             "master-port": launch.master_port,
             "node-rank": self.node_rank,
+            "rdzv-conf": f"timeout={launch.timeout}",
         }
         return ["torchrun", *(f"--{name}={value}" for name, value in options.items())]
 
     def environment(self) -> dict[str, str]:
         """What is added to the environment: the run's ``launch.env``, and this Python's commands before others."""
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-        return {"GLOG_v": "3", "PATH": path, **self.launch.env}
+        return {"PATH": path, **self._framework_settings(), **self.launch.env}
+
+    def _framework_settings(self) -> dict[str, str]:
+        if self.launch.launcher == "msrun":
+            return {"GLOG_v": "3"}
+        threads = max(1, len(os.sched_getaffinity(0)) // self.launch.procs_per_node)  # torchrun's own choice is one
+        return {LOGS: self.launch.log_dir, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
     @property
     def first_log(self) -> Path:
         """Where the messages of this node's first worker go."""
-        name = f"worker_{self.node_rank * self.launch.procs_per_node}.log"
-        return Path(self.launch.log_dir) / (name if self.launch.launcher == "msrun" else "launcher.log")
+        return Path(self.launch.log_dir) / LOG_NAME.format(rank=self.node_rank * self.launch.procs_per_node)
 
 
 def run_node(node: Node, arguments: Sequence[str]) -> None:
@@ -94,7 +100,7 @@ def run_node(node: Node, arguments: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(prefix="deepspan-results-") as results, (folder / "launcher.log").open("w") as log:
         environment = {**os.environ, **node.environment(), RESULTS: results.name}
-        node.first_log.unlink(missing_ok=True) if node.launch.launcher == "msrun" else None
+        node.first_log.unlink(missing_ok=True)
         job = _start(node.command(arguments), environment, log)
         streams = [_Follower(Path(results.name), sys.stdout), _Follower(node.first_log, sys.stderr, _FRAMEWORK_LINE)]
         try:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .. import backends
 from ..backends.base import FloatArray, Rank, Runner, Weights
+from ..backends.leading import Leader, follow
 from ..configs.schema import RunConfig, load_run
 from ..convert.checkpoint import Checkpoint
 from ..convert.layout_source import LayoutSource, is_mindspore
@@ -118,7 +119,10 @@ class Session:
 
 
 def open_run(run: RunConfig) -> Session:
-    """Load the model of a run. Everything that can be wrong with the input is found before the weights are read."""
+    """Load the model of a run. Everything that can be wrong with the input is found before the weights are read.
+
+    Of several ranks, rank 0 alone returns: the others take part in its steps until its session ends, and so do they.
+    """
     with ExitStack() as opened:
         checkpoint = None
         if run.model.path and run.model.weights == "checkpoint":
@@ -134,6 +138,12 @@ def open_run(run: RunConfig) -> Session:
         opened.callback(runner.close)
         with Progress("loading", len(list(weights.names()))) as progress:
             runner.load(CountedWeights(weights, progress))
+        if rank.rank > 0:
+            follow(runner, rank)
+            raise SystemExit(0)
+        if rank.world_size > 1:
+            runner = Leader(runner, rank)
+            opened.callback(runner.close)
         return Session(run, spec, rank, runner, tokenizer, stop_tokens, opened.pop_all())
 
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 from ...configs.schema import RunConfig
 from ...models.errors import InputError
 from ...models.spec import ModelSpec
-from ..base import Rank, Runner, SingleProcess
+from ..base import Rank, Runner
 from ..memory import describe_host, host_copy_bandwidth
 from .device import choose_device, copy_bandwidth, describe_gpus
+from .rank import TorchRank, join
 from .runner import TorchRunner
 
 
 class TorchBackend:
     def start(self, run: RunConfig) -> Rank:
-        if run.launch.launcher != "none" or max(run.parallel.model_dump().values()) > 1:
-            raise InputError("torch_triton runs in one process", "parallel, launch", "set every degree to 1")
-        return SingleProcess()
+        return join(run)
 
     def build(self, spec: ModelSpec, run: RunConfig, rank: Rank) -> Runner:
+        assert isinstance(rank, TorchRank), "made by start"
         device = choose_device(run)
         if device.type == "cpu":
-            return TorchRunner(spec, run)
+            return TorchRunner(spec, run, rank)
+        if rank.world_size > 1:
+            raise InputError("a GPU run is one process so far", "parallel", "set every degree to 1, or device: cpu")
         from .gpu.runner import GpuRunner  # Triton comes with PyTorch for GPUs only
 
         return GpuRunner(spec, run, device)

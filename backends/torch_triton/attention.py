@@ -6,7 +6,8 @@ least for few new tokens. *Expanded* attention computes the heads' keys and valu
 DeepSeek-V2 (arXiv 2405.04434) section 2.1; `models.reference` has both forms in numpy.
 
 Shape letters: T tokens of the step, A tokens in absorbed form, G those of one group, Q new tokens of one sequence,
-S cached positions, H heads, N nope dim, R rope dim, V value dim, C latent, X cache entry (C + R), P pairs (R / 2).
+S cached positions, H heads of this rank, N nope dim, R rope dim, V value dim, C latent, X cache entry (C + R), P pairs
+(R / 2).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Attention:
     def __init__(self, spec: ModelSpec, source: TensorSource, prefix: str):
         self._spec = spec
         self._scale = softmax_scale(spec)
-        self._heads = spec.num_attention_heads
+        self._heads = spec.num_attention_heads // source.mesh.tp.size
         self._load_queries(spec, source, prefix)
         kv_b = source.read(f"{prefix}.kv_b_proj.weight")
         self.kv_b = Linear(kv_b)
@@ -50,7 +51,9 @@ class Attention:
             self.q_b = Linear(q)
 
     def __call__(self, x_TD: Tensor, turn_TP: Tensor, cache_PSX: Tensor, plan: Plan) -> Tensor:
-        """[T, D]; writes the new tokens' entries into ``cache_PSX``, this layer's blocks."""
+        """[T, D], a part of the sum over the tensor-parallel ranks; writes the new tokens' entries into ``cache_PSX``,
+        this layer's blocks.
+        """
         spec = self._spec
         widths = [self._q_width, spec.kv_lora_rank, spec.qk_rope_head_dim]
         q, latent_TC, k_rope_TR = self.qkv_a(x_TD).split(widths, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import psutil
@@ -23,7 +24,12 @@ def choose_device(run: RunConfig) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("PyTorch finds no GPU here", "device: cuda", "set it to cpu, or install PyTorch for your GPU")
-    return torch.device("cuda", 0)
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if run.launch.launcher == "torchrun" else 0)
+
+
+def collectives(device: torch.device) -> str:
+    """The libraries behind torch.distributed: gloo between hosts, NCCL (RCCL on AMD) between GPUs."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def choose_gpu_dtype(run: RunConfig, spec: ModelSpec) -> str:

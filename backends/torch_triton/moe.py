@@ -1,6 +1,9 @@
 """Mixture of experts: a router in FP32, experts that run on their tokens only, a shared expert.
 
-Shape letters: T tokens, D hidden, E experts, G expert groups, K experts a token, R rows (token and chosen expert).
+Each rank runs the experts, or the parts of experts, that it holds, on the tokens of all data-parallel replicas.
+
+Shape letters: T tokens, S tokens of all replicas, D hidden, E experts, G expert groups, K experts a token, R rows
+(token and chosen expert that this rank holds).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from torch import Tensor
 from ...models.routing import NORMALISE_EPSILON
 from ...models.spec import ModelSpec
 from .layers import Linear, SwiGLU, gated
+from .plan import Plan
 from .weights import TensorSource
 
 
@@ -55,25 +59,39 @@ class Router:
 
 class MoE:
     def __init__(self, spec: ModelSpec, source: TensorSource, prefix: str):
+        mesh = source.mesh
+        self._replicas = mesh.dp
         self.router = Router(spec, source, f"{prefix}.gate")
-        self.experts = [SwiGLU(source, f"{prefix}.experts.{expert}") for expert in range(spec.n_routed_experts)]
+        count = spec.n_routed_experts // mesh.grid.ep
+        self._first = count * mesh.position.expert_group
+        self.experts = [SwiGLU(source, f"{prefix}.experts.{self._first + expert}") for expert in range(count)]
         self.shared = SwiGLU(source, f"{prefix}.shared_experts") if spec.n_shared_experts else None
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """float32 [T, D]: the weighted sum of each token's experts, plus the shared expert."""
-        y_TD = self._routed(x_TD, *self.router(x_TD))
-        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
+    def __call__(self, x_TD: Tensor, plan: Plan) -> Tensor:
+        """float32 [T, D]: the weighted sum of each token's experts, plus the shared expert.
 
-    def _routed(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        A part of the sum over the tensor-parallel ranks.
+        """
+        x_SD = self._replicas.below(x_TD, plan.replica_tokens)
+        y_TD = self._replicas.own_total(self._routed(x_SD, *self.router(x_SD)), plan.replica_tokens)
+        return y_TD if self.shared is None or not len(x_TD) else y_TD + self.shared(x_TD)
+
+    def _routed(self, x_SD: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
         """Rows are sorted by expert; each expert that was chosen multiplies its rows, whose sum is taken at the end."""
-        order_R = index_TK.flatten().argsort(stable=True)
-        counts_E = torch.bincount(index_TK.flatten(), minlength=len(self.experts)).tolist()
+        here_SK = (index_SK >= self._first) & (index_SK < self._first + len(self.experts))
+        expert_R, token_R = index_SK[here_SK] - self._first, here_SK.nonzero()[:, 0]
+        if not len(expert_R):
+            return x_SD.new_zeros(x_SD.shape, dtype=torch.float32)
+        order_R = expert_R.argsort(stable=True)
+        counts_E = torch.bincount(expert_R, minlength=len(self.experts)).tolist()
         chosen = [(expert, count) for expert, count in zip(self.experts, counts_E, strict=True) if count]
         counts = [count for _, count in chosen]
-        rows = x_TD[order_R // index_TK.shape[1]].split(counts)
+        rows = x_SD[token_R[order_R]].split(counts)
         hidden = gated(torch.cat([expert.gate_up(x) for (expert, _), x in zip(chosen, rows, strict=True)])).split(
             counts
         )
         y_RD = torch.cat([expert.down(x) for (expert, _), x in zip(chosen, hidden, strict=True)])
-        row_TK = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R))).view_as(index_TK)
-        return F.embedding_bag(row_TK, y_RD.float(), per_sample_weights=weight_TK, mode="sum")
+        row_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R)))
+        count_S = here_SK.sum(dim=1)
+        starts_S = count_S.cumsum(dim=0) - count_S
+        return F.embedding_bag(row_R, y_RD.float(), starts_S, per_sample_weights=weight_SK[here_SK], mode="sum")

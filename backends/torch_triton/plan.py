@@ -55,10 +55,11 @@ class Plan:
     absorbed_rows: Rows
     groups: list[Group]
     prompts: list[Prompt]
+    replica_tokens: list[int]  # of the step, of each data-parallel replica
 
 
-def make_plan(batch: StepBatch, block_size: int, dtype: torch.dtype) -> Plan:
-    """The plan of one step; masks are in ``dtype``."""
+def make_plan(batch: StepBatch, block_size: int, dtype: torch.dtype, replica_tokens: list[int]) -> Plan:
+    """The plan of one step, of this replica's part of it; masks are in ``dtype``."""
     lens_B = batch.query_lens_B.astype(np.int64)
     sequence_T = np.repeat(np.arange(len(lens_B)), lens_B)
     starts_B = np.cumsum(lens_B) - lens_B
@@ -72,6 +73,7 @@ def make_plan(batch: StepBatch, block_size: int, dtype: torch.dtype) -> Plan:
         absorbed_rows=_rows(absorbed_A),
         groups=list(_groups(batch, sequence_T[absorbed_A], positions_T[absorbed_A], block_size, dtype)),
         prompts=[_prompt(batch, b, int(starts_B[b]), block_size, dtype) for b in prompts_B.tolist()],
+        replica_tokens=replica_tokens,
     )
 
 

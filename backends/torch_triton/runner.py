@@ -5,6 +5,8 @@ Shape letters as in `backends.base`; X is one cached entry (latent and rope key)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ...configs.schema import RunConfig
 from ...models.errors import InputError
+from ...models.sharding import check_divides, stage_layers
 from ...models.spec import ModelSpec
 from ..base import FloatArray, IntArray, StepBatch, StepResult, Weights, next_tokens, output_rows
 from ..limits import cache_blocks, check_supported
@@ -19,29 +22,34 @@ from ..memory import check_memory
 from .device import DTYPES, choose_dtype, choose_kv_dtype
 from .model import Model
 from .plan import Plan, make_plan
+from .rank import TorchRank
+from .replicas import Share, share_of, whole_result
 from .sampling import sample
 from .weights import TensorSource, weight_bytes
 
 
 class TorchRunner:
-    def __init__(self, spec: ModelSpec, run: RunConfig):
+    def __init__(self, spec: ModelSpec, run: RunConfig, rank: TorchRank):
         check_supported(spec, run)
+        check_divides(spec, rank.mesh.grid)
         self.spec = spec
+        self._rank = rank
+        self._mesh = rank.mesh
         self.dtype = choose_dtype(run)
         self.kv_dtype = choose_kv_dtype(run, self.dtype)
         self.block_size = run.engine.block_size
-        self.kv_blocks = cache_blocks(run)
+        self._replica_blocks = cache_blocks(run, self._mesh.dp.size)
+        self.kv_blocks = self._mesh.dp.size * self._replica_blocks
         self._max_positions = run.engine.max_seq_len
 
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:
         spec, dtype, kv_dtype = self.spec, DTYPES[self.dtype], DTYPES[self.kv_dtype]
-        source = TensorSource(spec, weights, dtype)
-        layers = spec.num_hidden_layers + (spec.num_nextn_predict_layers if source.has_mtp else 0)
-        cache_shape = (layers, self.kv_blocks, self.block_size, spec.latent_dim)
-        cache_bytes = int(np.prod(cache_shape)) * kv_dtype.itemsize
-        what = f"{self.dtype} weights and {self.kv_dtype} cache of {self.kv_blocks * self.block_size} tokens"
-        check_memory(weight_bytes(spec, source.has_mtp, dtype) + cache_bytes, what)
+        source = TensorSource(spec, weights, dtype, self._mesh)
+        layers = len(stage_layers(spec, self._mesh.grid, self._mesh.pp.index))
+        layers += spec.num_nextn_predict_layers if source.has_mtp and self._mesh.is_last_stage else 0
+        cache_shape = (layers, self._replica_blocks, self.block_size, spec.latent_dim)
+        self._check_memory(weight_bytes(source.held, dtype) + math.prod(cache_shape) * kv_dtype.itemsize)
         self._has_mtp = source.has_mtp
         self._model: Model | None = Model(spec, source, torch.zeros(cache_shape, dtype=kv_dtype), self._max_positions)
 
@@ -49,9 +57,26 @@ class TorchRunner:
     def step(self, batch: StepBatch) -> StepResult:
         if batch.draft and not self._has_mtp:
             raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
+        share = share_of(batch, self._mesh, self._replica_blocks)
+        return whole_result(share, self._step(share), self._mesh, self.spec.vocab_size)
+
+    def close(self) -> None:
+        self._model = None
+
+    def _check_memory(self, own_bytes: int) -> None:
+        """Every rank looks before any of this machine's ranks, which hold about the same, takes its part."""
+        what = f"{self.dtype} weights and {self.kv_dtype} cache of {self.kv_blocks * self.block_size} tokens"
+        check_memory(self._rank.local_ranks * own_bytes, what)
+        self._rank.barrier()
+
+    def _step(self, share: Share) -> StepResult | None:
+        """This replica's outputs, on the last stage."""
         assert self._model is not None, "closed"
-        plan = make_plan(batch, self.block_size, DTYPES[self.dtype])
+        batch = share.batch
+        plan = make_plan(batch, self.block_size, DTYPES[self.dtype], share.tokens)
         hidden_TD = self._model.hidden(torch.from_numpy(batch.token_ids_T), plan)
+        if not self._mesh.is_last_stage:
+            return None
         rows_O, sequence_O, position_O = output_rows(batch)
         logits_OV = self._model.logits(hidden_TD[torch.from_numpy(rows_O)])
         token_ids_O = _sample(logits_OV, batch, sequence_O, position_O)
@@ -62,9 +87,6 @@ class TorchRunner:
             draft_token_ids_O=None if draft_OV is None else draft_OV.argmax(dim=1).int().numpy(),
             draft_logits_OV=draft_OV.numpy() if draft_OV is not None and batch.return_logits else None,
         )
-
-    def close(self) -> None:
-        self._model = None
 
     def _draft(
         self, batch: StepBatch, hidden_TD: Tensor, rows_O: NDArray[np.int64], token_ids_O: IntArray, plan: Plan

@@ -1,0 +1,79 @@
+"""This process among those that torchrun started."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ...configs.schema import RunConfig
+from ...models.errors import InputError
+from ...models.sharding import Grid
+from .device import choose_device, collectives
+from .parallel import ALONE, Mesh, make_mesh
+
+_PATIENCE = timedelta(days=365)  # between two steps lies whatever a user does
+
+
+@dataclass(frozen=True)
+class TorchRank:
+    """One worker of torchrun, or the only process. ``local_ranks`` processes share this machine."""
+
+    mesh: Mesh = ALONE
+    local_ranks: int = 1
+    _control: dist.ProcessGroup | None = None  # of all ranks, for what the hosts tell each other
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.mesh.grid.world_size
+
+    def broadcast(self, array: NDArray) -> NDArray:
+        if self.world_size == 1:
+            return array
+        content = np.array(array, order="C")
+        words = torch.from_numpy(content.reshape(-1).view(np.uint8))
+        dist.broadcast(words, 0, group=self._control)
+        return content
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self._control)
+
+
+def join(run: RunConfig) -> TorchRank:
+    """The rank that torchrun's environment gives this process; a run without a launcher is a single process."""
+    grid = Grid(**run.parallel.model_dump())
+    if run.launch.launcher == "none":
+        if grid.world_size > 1:
+            what = f"{grid.world_size} ranks in one process"
+            raise InputError(what, "parallel, launch.launcher", "set launcher: torchrun and start it with launch")
+        return TorchRank()
+    if run.launch.launcher != "torchrun":
+        raise InputError(f"launcher {run.launch.launcher}", "launch.launcher", "torch_triton is started by torchrun")
+    started = _started_ranks()
+    if started != grid.world_size:
+        what = f"tp {grid.tp} x dp {grid.dp} x pp {grid.pp} is {grid.world_size} and torchrun started {started} workers"
+        raise InputError(what, "parallel", "make launch.nodes x launch.procs_per_node equal to it")
+    timeout = timedelta(seconds=run.launch.timeout)
+    if not dist.is_initialized():
+        dist.init_process_group(collectives(choose_device(run)), timeout=timeout)
+        atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
+    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return TorchRank(make_mesh(grid, timeout), int(os.environ["LOCAL_WORLD_SIZE"]), control)
+
+
+def _started_ranks() -> int:
+    if "RANK" not in os.environ or "LOCAL_WORLD_SIZE" not in os.environ:
+        todo = "use deepspan launch RUN -- …"
+        raise InputError("this process was not started by torchrun", "launch.launcher", todo)
+    return int(os.environ["WORLD_SIZE"])
