@@ -68,8 +68,9 @@ class StepBatch:
     ``token_ids_T`` holds the new tokens of all sequences one after the other, ``query_lens_B`` of them each, at the
     positions ``context_lens_B[b] + 0, 1, …``: the context is what the cache already holds. ``block_tables_BM`` maps the
     sequence's position p to cache block ``block_tables_BM[b, p // block_size]``, slot ``p % block_size``; entries past
-    the sequence are never read. Prefill, chunks of a prefill at any offset, decode and several tokens a sequence for
-    verifying drafts are all this one form.
+    the sequence are never read. With data-parallel replicas the blocks are divided evenly over them, in order, and all
+    of a sequence's blocks are one replica's. Prefill, chunks of a prefill at any offset, decode and several tokens a
+    sequence for verifying drafts are all this one form.
 
     ``num_outputs_B``: how many of the sequence's last new tokens get logits and a sampled successor (0 for a chunk that
     is not the last, 1 usually). ``draft`` also runs the MTP layer over all new tokens and proposes, after each output,

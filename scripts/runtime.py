@@ -86,6 +86,7 @@ class Session:
             max_batch_tokens=engine.max_batch_tokens,
             prefix_cache=engine.prefix_cache,
             speculative_tokens=engine.speculative_tokens,
+            replicas=self.run.parallel.dp,
         )
         return Engine(self.runner, self.spec.vocab_size, limits, self.optional_tokenizer)
 

@@ -18,13 +18,20 @@ _REPEATS = 3
 
 
 class Timer:
-    """Runs steps over ``max_batch`` sequences of up to ``max_tokens`` tokens that own the cache of ``runner``."""
+    """Runs steps over ``max_batch`` sequences of up to ``max_tokens`` tokens that own the cache of ``runner``.
 
-    def __init__(self, runner: Runner, vocab_size: int, max_batch: int, max_tokens: int, tokens_per_step: int):
-        blocks = -(-max_tokens // runner.block_size)
-        assert max_batch * blocks <= runner.kv_blocks, "the run was made for these sizes"
+    They take turns in going to the data-parallel ``replicas``.
+    """
+
+    def __init__(
+        self, runner: Runner, vocab_size: int, max_batch: int, max_tokens: int, tokens_per_step: int, replicas: int = 1
+    ):
+        blocks, room = -(-max_tokens // runner.block_size), runner.kv_blocks // replicas
+        assert -(-max_batch // replicas) * blocks <= room, "the run was made for these sizes"
         self._runner = runner
-        self._tables_BM = np.arange(max_batch * blocks, dtype=np.int32).reshape(max_batch, blocks)
+        number_B = np.arange(max_batch)
+        first_B = number_B % replicas * room + number_B // replicas * blocks
+        self._tables_BM = (first_B[:, None] + np.arange(blocks)).astype(np.int32)
         tokens = np.random.default_rng(0).integers(0, vocab_size, (max_batch, max_tokens))
         self._tokens_BT = tokens.astype(np.int32)
         self._tokens_per_step = tokens_per_step

@@ -28,16 +28,16 @@ class BlockManager:
     """Allocation with reference counts, prefix reuse and least-recently-used eviction.
 
     A block is in one of three states: used (one or more references), cached (no reference, contents can be found
-    again by identity until the block is evicted) or empty.
+    again by identity until the block is evicted) or empty. Blocks are numbered from ``first`` on.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True):
+    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True, first: int = 0):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_cache = prefix_cache
-        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._empty = list(range(first, first + num_blocks))[::-1]
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._references = [0] * num_blocks
+        self._references = dict.fromkeys(self._empty, 0)
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 

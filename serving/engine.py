@@ -23,13 +23,14 @@ from .text import OutputText
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """The ``engine`` section of a run, as far as it is decided above the seam."""
+    """The ``engine`` section of a run, as far as it is decided above the seam; ``replicas`` is ``parallel.dp``."""
 
     max_batch: int
     max_seq_len: int
     max_batch_tokens: int
     prefix_cache: bool = True
     speculative_tokens: int = 0
+    replicas: int = 1
 
 
 class Engine:
@@ -41,9 +42,13 @@ class Engine:
         self._runner = runner
         self._vocab_size = vocab_size
         self._tokenizer = tokenizer
-        blocks = BlockManager(runner.kv_blocks, runner.block_size, limits.prefix_cache)
-        self.scheduler = Scheduler(blocks, limits.max_batch, limits.max_batch_tokens)
-        cache_tokens = runner.kv_blocks * runner.block_size
+        blocks = runner.kv_blocks // limits.replicas
+        caches = [
+            BlockManager(blocks, runner.block_size, limits.prefix_cache, first=blocks * replica)
+            for replica in range(limits.replicas)
+        ]
+        self.scheduler = Scheduler(caches, limits.max_batch, limits.max_batch_tokens)
+        cache_tokens = blocks * runner.block_size
         self._limit_name = "engine.max_seq_len" if limits.max_seq_len <= cache_tokens else "tokens in the KV cache"
         self.max_tokens = min(limits.max_seq_len, cache_tokens)
         self._requests: dict[int, Request] = {}

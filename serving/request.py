@@ -61,6 +61,7 @@ class Request:
     sampling: SamplingParams
     stop_token_ids: frozenset[int]
     text: OutputText | None
+    replica: int = 0  # whose cache has ``blocks``
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # identities of the leading full blocks, see `blocks`
     computed: int = 0  # leading tokens whose cache entries are in ``blocks``

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .blocks import BlockManager, extend_hashes
@@ -27,10 +28,13 @@ class Scheduler:
     A prompt gets all of its blocks when it is admitted, a running request one more whenever it fills its last. When
     there is none, the latest arrivals give theirs back and are computed anew later (preemption by recompute): the
     oldest request always progresses, so everything finishes.
+
+    Each data-parallel replica of the model has a cache of its own, one of ``caches``. A request stays with the replica
+    that it is admitted to.
     """
 
-    def __init__(self, blocks: BlockManager, max_batch: int, max_batch_tokens: int):
-        self.blocks = blocks
+    def __init__(self, caches: Sequence[BlockManager], max_batch: int, max_batch_tokens: int):
+        self.caches = caches
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
@@ -50,7 +54,7 @@ class Scheduler:
             request = self.running[position]
             tokens = min(len(request.token_ids) - request.computed, budget)
             if not self._grow(request, request.computed + tokens):
-                break
+                continue
             chunks.append(Chunk(request, tokens))
             budget -= tokens
             position += 1
@@ -62,49 +66,58 @@ class Scheduler:
 
     def advance(self, chunk: Chunk) -> None:
         """Note that the chunk's cache entries exist now, and let others share the blocks that became full."""
-        request, size = chunk.request, self.blocks.block_size
+        request, cache = chunk.request, self.caches[chunk.request.replica]
+        size = cache.block_size
         full_before = request.computed // size
         request.computed += chunk.tokens
-        if not self.blocks.prefix_cache:
+        if not cache.prefix_cache:
             return
         full = request.computed // size
         extend_hashes(request.hashes, request.token_ids, request.computed, size)
         for block, identity in zip(request.blocks[full_before:full], request.hashes[full_before:full], strict=True):
-            self.blocks.publish(block, identity)
+            cache.publish(block, identity)
 
     def remove(self, request: Request) -> None:
         """Forget a request that finished or was aborted, whether it runs or waits."""
         if request in self.running:
             self.running.remove(request)
-            self.blocks.release(request.blocks)
+            self.caches[request.replica].release(request.blocks)
         else:
             self.waiting.remove(request)
 
     def _admit(self) -> Request | None:
+        """Start the request that waits longest, at the replica with the least to do of those that have the blocks."""
         if not self.waiting or len(self.running) == self._max_batch:
             return None
         request = self.waiting[0]
-        shared: list[int] = []
-        if self.blocks.prefix_cache:
-            extend_hashes(request.hashes, request.token_ids, len(request.token_ids), self.blocks.block_size)
-            # At least one token has to be computed to get its successor.
-            shared = self.blocks.match(request.hashes[: (len(request.token_ids) - 1) // self.blocks.block_size])
-        needed = self.blocks.blocks_for(len(request.token_ids))
-        blocks = self.blocks.allocate(needed - len(shared), shared)
-        if blocks is None:
-            return None
-        request.blocks = blocks
-        request.computed = len(shared) * self.blocks.block_size
-        self.running.append(self.waiting.popleft())
-        return request
+        shared = [self._known_blocks(request, cache) for cache in self.caches]
+        running = Counter(other.replica for other in self.running)
+        for replica in sorted(range(len(self.caches)), key=lambda replica: (running[replica], -len(shared[replica]))):
+            cache, known = self.caches[replica], shared[replica]
+            blocks = cache.allocate(cache.blocks_for(len(request.token_ids)) - len(known), known)
+            if blocks is not None:
+                request.replica, request.blocks = replica, blocks
+                request.computed = len(known) * cache.block_size
+                self.running.append(self.waiting.popleft())
+                return request
+        return None
+
+    def _known_blocks(self, request: Request, cache: BlockManager) -> list[int]:
+        """Blocks that hold the beginning of a request already."""
+        if not cache.prefix_cache:
+            return []
+        extend_hashes(request.hashes, request.token_ids, len(request.token_ids), cache.block_size)
+        # At least one token has to be computed to get its successor.
+        return cache.match(request.hashes[: (len(request.token_ids) - 1) // cache.block_size])
 
     def _grow(self, request: Request, tokens: int) -> bool:
         """Make room for the first ``tokens`` of a running request; False when it had to give up its own blocks."""
-        missing = self.blocks.blocks_for(tokens) - len(request.blocks)
+        cache = self.caches[request.replica]
+        missing = cache.blocks_for(tokens) - len(request.blocks)
         if missing <= 0:
             return True
-        while (added := self.blocks.allocate(missing)) is None:
-            victim = self.running.pop()
+        while (added := cache.allocate(missing)) is None:
+            victim = next(other for other in reversed(self.running) if other.replica == request.replica)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -112,7 +125,8 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.blocks.release(request.blocks)
+        self.running.remove(request)
+        self.caches[request.replica].release(request.blocks)
         request.blocks, request.computed = [], 0
         self.waiting.appendleft(request)
         self.preemptions += 1

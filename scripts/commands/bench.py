@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
     flags = {"engine.max_batch": max_batch, "engine.max_seq_len": max_tokens}
     with open_run(read_run(options.run_name, options.overrides, flags)) as session:
         budget = session.run.engine.max_batch_tokens
-        timer = Timer(session.runner, session.spec.vocab_size, max_batch, max_tokens, budget)
+        replicas = session.run.parallel.dp
+        timer = Timer(session.runner, session.spec.vocab_size, max_batch, max_tokens, budget, replicas)
         bandwidth = backends.load(session.run.backend).copy_bandwidth(session.run)
         note(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + write); random tokens, greedy, median step")
         _show(_decode_rows(session, timer, bandwidth, batches, context, steps), options.json)

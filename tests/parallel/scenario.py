@@ -20,12 +20,13 @@ SPECS = {
     "v2-lite": make(**SIZES, **V2, q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1, n_shared_experts=2),
 }
 PROMPTS = ["请介绍一下北京的景点", *(prompt for prompt, _ in held_out_sums(4, seed=3))]
-# Sequence: context, new tokens. Blocks of sequences 0 to 3 are in the first half of the cache.
+# Sequence: context, new tokens. Each of the cache's quarters has the blocks of two sequences.
 STEPS = [
     {0: (0, 9), 5: (0, 13), 1: (0, 1)},  # prompts beside a single token
     {0: (9, 1), 6: (0, 7), 5: (13, 3), 1: (1, 1)},  # decoding beside prompts
-    {5: (16, 6), 6: (7, 1)},  # all in the second half
-    {0: (10, 2)},  # all in the first half
+    {5: (16, 6), 6: (7, 1)},  # all of them in the second half: a replica without tokens
+    {0: (10, 2)},
+    {1: (2, 5), 6: (8, 5)},  # a replica without outputs
 ]
 
 
@@ -89,7 +90,7 @@ def step_of(spec, pieces):
         token_ids_T=np.concatenate([ids[start : start + count] for ids, start, count in spans]).astype(np.int32),
         query_lens_B=counts,
         context_lens_B=contexts,
-        block_tables_BM=np.stack([np.arange(WIDTH, dtype=np.int32) + WIDTH * sequence for sequence in pieces]),
+        block_tables_BM=np.stack([table(sequence) for sequence in pieces]),
         num_outputs_B=np.array(
             [0 if sequence == 6 else min(2, new) for sequence, (_, new) in pieces.items()], np.int32
         ),
@@ -98,6 +99,11 @@ def step_of(spec, pieces):
         draft=spec.num_nextn_predict_layers > 0,
         next_token_ids_B=np.arange(len(pieces), dtype=np.int32),
     )
+
+
+def table(sequence):
+    """A sequence's blocks, then entries that nobody reads, which make a step longer than its first message."""
+    return np.append(np.arange(WIDTH) + WIDTH * sequence, np.full(1000, -1)).astype(np.int32)
 
 
 def answers(run, tokens=12):

@@ -17,11 +17,16 @@ TWO = {
     "tp2": {"tp": 2},
     "ep2": {"tp": 2, "ep": 2},
     "pp2": {"pp": 2},
+    "dp2": {"dp": 2},
+    "dp2-ep2": {"dp": 2, "ep": 2},
 }
 FOUR = {
     "tp4": {"tp": 4},
     "tp4-ep2": {"tp": 4, "ep": 2},
     "tp2-pp2": {"tp": 2, "pp": 2},
+    "tp2-dp2-ep4": {"tp": 2, "dp": 2, "ep": 4},
+    "dp4-ep2": {"dp": 4, "ep": 2},
+    "dp2-ep2-pp2": {"dp": 2, "ep": 2, "pp": 2},
 }
 RELATIVE_NORM = 1e-5
 

@@ -41,6 +41,8 @@ CUTS = {
     "blocks run out, no prefix cache": {"kv_blocks": 9, "prefix_cache": False},
     "barely one sequence": {"kv_blocks": 8, "max_batch_tokens": 5},
     "block size 1": {"block_size": 1, "kv_blocks": 70},
+    "two replicas": {"replicas": 2},
+    "three replicas, blocks run out": {"replicas": 3, "kv_blocks": 25},
 }
 
 
@@ -52,9 +54,34 @@ def test_tokens_do_not_depend_on_how_the_work_is_cut(cut):
     done = drain(engine)
     for request_id, prompt in zip(ids, asked, strict=True):
         assert done[request_id] == (greedy(prompt, 10), "length")
-    assert engine.scheduler.blocks.free_blocks == engine.scheduler.blocks.num_blocks
+    assert all(cache.free_blocks == cache.num_blocks for cache in engine.scheduler.caches)
     if "run out" in cut:
         assert engine.scheduler.preemptions > 0
+
+
+def test_replicas_share_the_requests_and_have_their_own_blocks():
+    engine, runner = make_engine(kv_blocks=64, replicas=2)
+    for _ in range(2):  # the second round finds its prefixes where they are
+        for prompt in prompts(6, seed=5, longest=30):
+            engine.add_request(prompt, SamplingParams(), 8)
+        drain(engine)
+    largest = [0, 0]
+    for batch in runner.steps:
+        visible = batch.context_lens_B + batch.query_lens_B
+        owners = [set(row[: -(-count // 4)] // 32) for row, count in zip(batch.block_tables_BM, visible, strict=True)]
+        assert all(len(owner) == 1 for owner in owners), "a sequence's blocks are one replica's"
+        running = [sum(owner == {replica} for owner in owners) for replica in range(2)]
+        largest = [max(pair) for pair in zip(largest, running, strict=True)]
+    assert largest == [3, 3]
+
+
+def test_a_replica_without_room_leaves_a_request_to_another():
+    engine, runner = make_engine(kv_blocks=16, replicas=2, max_seq_len=32)
+    asked = [list(range(30)), [1], [2]]  # the first takes all eight blocks of a replica
+    for prompt in asked:
+        engine.add_request(prompt, SamplingParams(), 2)
+    assert list(drain(engine).values()) == [(greedy(prompt, 2), "length") for prompt in asked]
+    assert (runner.steps[0].block_tables_BM[:, 0] // 8).tolist() == [0, 1, 1]
 
 
 def test_sampled_tokens_do_not_depend_on_the_batch_or_on_preemption():
@@ -154,7 +181,7 @@ def test_abort_frees_running_and_waiting_requests():
     engine.abort(waiting)
     engine.abort(waiting)
     assert drain(engine) == {last: (greedy([5, 6], 3), "length")}
-    assert engine.scheduler.blocks.free_blocks == engine.scheduler.blocks.num_blocks
+    assert all(cache.free_blocks == cache.num_blocks for cache in engine.scheduler.caches)
 
 
 @pytest.mark.parametrize(
