@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FOLDERS := backends configs convert models scripts serving
 
-.PHONY: demo test test-mindspore lint links bench clean
+.PHONY: demo test test-launch test-mindspore lint links bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/deepspan demo
@@ -14,10 +14,14 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Apart from the suite: MindSpore is most of a gigabyte, compiles for minutes, and its launches use network ports.
+# Apart from the suite: the launches of torchrun that take long or damage something.
+test-launch: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch tests/parallel
+
+# Apart from the suite, too: MindSpore is most of a gigabyte, compiles for minutes, and its launches use network ports.
 test-mindspore: $(VENV)/.mindspore
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends_mindspore tests/contract tests/cli/test_machine.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch tests/backends_mindspore
 
 lint: $(VENV)/.dev links
 	$(BIN)/ruff check .

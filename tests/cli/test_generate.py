@@ -29,12 +29,13 @@ def test_a_run_is_a_name_a_yaml_or_a_checkpoint_from_any_directory(deepspan, tmp
     assert (result.code, result.out, result.err) == (0, "42\n", "")
 
 
-@pytest.mark.parametrize("run", [name for name in shipped_runs() if name.startswith("demo_") and "_tp" not in name])
+@pytest.mark.parametrize("run", [name for name in shipped_runs() if name.startswith("demo_")])
 def test_every_run_of_the_embedded_model_answers(deepspan, run):
     path = ROOT / "configs" / "run" / f"{run}.yaml"
     if missing := backends.missing_package(load_run(str(path)).backend):
         pytest.skip(f"{missing} is not installed")
-    result = deepspan("generate", path, "--prompt", BEIJING, "--prompt", "12 + 30 =")
+    here = ["--set", "parallel={}", "--set", "launch.launcher=none"]
+    result = deepspan("generate", path, *here, "--prompt", BEIJING, "--prompt", "12 + 30 =")
     assert result.out.startswith(f"> {BEIJING}\n{BEIJING_ANSWER}")
     assert result.out.endswith("> 12 + 30 =\n42\n\n")
 

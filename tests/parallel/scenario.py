@@ -27,6 +27,7 @@ STEPS = [
     {5: (16, 6), 6: (7, 1)},  # all of them in the second half: a replica without tokens
     {0: (10, 2)},
     {1: (2, 5), 6: (8, 5)},  # a replica without outputs
+    {0: (0, 9)},  # once more, alone
 ]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parallel.scenario import answers, forward, run_config
+from tests.launches import free_port
+from tests.parallel.scenario import SPECS, answers, forward, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = {
@@ -29,12 +29,6 @@ FOUR = {
     "dp2-ep2-pp2": {"dp": 2, "ep": 2, "pp": 2},
 }
 RELATIVE_NORM = 1e-5
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -83,4 +77,8 @@ def test_ranks_together_compute_what_one_process_does(modes, name, found, single
             assert np.linalg.norm(got[key] - values) <= RELATIVE_NORM * np.linalg.norm(values), key
         else:
             assert got[key].tolist() == values.tolist(), key
+    for spec in SPECS:
+        np.testing.assert_array_equal(
+            got[f"{spec}.5.logits_OV"], got[f"{spec}.0.logits_OV"][:2], "the same in any batch"
+        )
     assert json.loads((found(modes) / f"{name}.json").read_text()) == wanted_answers
