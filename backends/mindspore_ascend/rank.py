@@ -17,22 +17,13 @@ from ..base import Rank, SingleProcess
 _WORKERS = "MS_WORKER_NUM"  # set by msrun
 
 
-class _FromFirst(nn.Cell):
-    def __init__(self) -> None:
-        super().__init__(auto_prefix=False)
-        self.send = ops.Broadcast(0)
-
-    def construct(self, words: Tensor) -> Tensor:
-        return self.send((words,))[0]
-
-
 class _Total(nn.Cell):
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
         self.add = ops.AllReduce()
 
-    def construct(self, ones: Tensor) -> Tensor:
-        return self.add(ones)
+    def construct(self, x: Tensor) -> Tensor:
+        return self.add(x)
 
 
 class MsrunRank:
@@ -41,20 +32,21 @@ class MsrunRank:
     def __init__(self) -> None:
         self.rank: int = get_rank()
         self.world_size: int = get_group_size()
-        self._from_first = _FromFirst()
-        self._from_first.set_inputs(Tensor(shape=[None], dtype=ms.int32))
         self._total = _Total()
+        self._total.set_inputs(Tensor(shape=[None], dtype=ms.float32))
 
     def broadcast(self, array: NDArray) -> NDArray:
-        """Rank 0's array on every rank; its bytes travel as 32-bit words, which every device's collectives take."""
+        """Rank 0's array on every rank.
+
+        Its bytes travel as numbers, to which other ranks add zeros: a CPU's collectives are sums of FP32 values.
+        """
         content = np.ascontiguousarray(array)
-        words = np.zeros(-(-content.nbytes // 4), np.int32)
-        words.view(np.uint8)[: content.nbytes] = content.reshape(-1).view(np.uint8)
-        received = self._from_first(Tensor(words)).asnumpy().view(np.uint8)[: content.nbytes]
-        return received.view(content.dtype).reshape(content.shape)
+        numbers = content.reshape(-1).view(np.uint8).astype(np.float32)
+        received: NDArray = self._total(Tensor(numbers if self.rank == 0 else np.zeros_like(numbers))).asnumpy()
+        return received.astype(np.uint8).view(content.dtype).reshape(content.shape)
 
     def barrier(self) -> None:
-        self._total(Tensor(np.ones(1, np.float32))).asnumpy()
+        self.broadcast(np.zeros(1, np.uint8))
 
 
 def join(run: RunConfig) -> Rank:

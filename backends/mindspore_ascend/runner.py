@@ -56,7 +56,7 @@ class MindSporeRunner:
         assert self.graphs is not None, "closed"
         if batch.draft and not self.graphs.has_drafts:
             raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
-        outputs = Outputs(batch, self.spec.vocab_size, self._shared_seeds(batch))
+        outputs = Outputs(batch, self.spec.vocab_size)
         for part in make_parts(batch, self.block_size, self._ops.PREFILL_TOKENS):
             _run(self.graphs, batch, part, outputs)
         return outputs.result()
@@ -72,17 +72,11 @@ class MindSporeRunner:
         what = f"{self.dtype} weights and cache of {self.kv_blocks * self.block_size} tokens"
         check_memory(self._grid.world_size * (rank_bytes(held, dtype, self.dtype == "w8a8") + cache_bytes), what)
 
-    def _shared_seeds(self, batch: StepBatch) -> NDArray[np.uint32]:
-        """Rank 0's seeds: a request without one gets another random seed in every process."""
-        if not batch.sampling.temperature_B.any():
-            return batch.sampling.seed_B
-        return self._rank.broadcast(batch.sampling.seed_B)
-
 
 class Outputs:
     """The outputs of a step, filled part by part."""
 
-    def __init__(self, batch: StepBatch, vocab_size: int, seed_B: NDArray[np.uint32]):
+    def __init__(self, batch: StepBatch, vocab_size: int):
         self.rows_O, self.sequence_O, self.position_O = output_rows(batch)
         count, sampling = len(self.rows_O), batch.sampling
         self.token_ids_O = np.zeros(count, np.int32)
@@ -92,7 +86,7 @@ class Outputs:
         self.draft_logits_OV = np.zeros(shape, np.float32) if batch.return_logits and batch.draft else None
         self._temperature_O = sampling.temperature_B[self.sequence_O]
         self._filters_O = sampling.top_k_B[self.sequence_O], sampling.top_p_B[self.sequence_O]
-        self._seed_O = seed_B[self.sequence_O].view(np.int32)
+        self._seed_O = sampling.seed_B[self.sequence_O].view(np.int32)
 
     def of(self, part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The outputs that a part computes, and their rows in it."""

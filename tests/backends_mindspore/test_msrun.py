@@ -1,12 +1,10 @@
 """Several workers under msrun: the tokens of a single process, on one node and on four; what a failure ends in."""
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import pytest
 from deepspan.models.sums import held_out_sums
 from deepspan.scripts.runtime import open_run, read_run
 from deepspan.serving.batch import complete
+from tests.launches import free_port, launch, token_ids
 
 pytest.importorskip("mindspore", reason="mindspore is not installed")
 pytestmark = pytest.mark.launch
@@ -35,12 +34,6 @@ def single():
         return [
             c.token_ids for c in complete(session.engine, prompts, session.generation_options(max_new_tokens=TOKENS))
         ]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def write_run(folder, tp, nodes=1, timeout=120):
@@ -66,25 +59,6 @@ def generate_arguments():
     return ["generate", "--json", "--max-new-tokens", str(TOKENS), *(f"--prompt={prompt}" for prompt in PROMPTS)]
 
 
-def launch(path, *command, **options):
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    arguments = [
-        sys.executable,
-        "-m",
-        "deepspan.scripts.cli",
-        "launch",
-        str(path),
-        *options.pop("flags", ()),
-        "--",
-        *command,
-    ]
-    return subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def token_ids(output):
-    return [json.loads(line)["token_ids"] for line in output.splitlines() if line.startswith("{")]
-
-
 def test_two_workers_give_the_tokens_of_one(single, tmp_path):
     job = launch(write_run(tmp_path, tp=2), *generate_arguments())
     output, messages = job.communicate(timeout=400)
@@ -103,16 +77,16 @@ def test_what_every_worker_refuses_is_said_once(tmp_path):
 
 def test_a_killed_worker_ends_the_others_and_is_named(tmp_path):
     job = launch(write_run(tmp_path, tp=2), "eval", "--task=sums")
-    log, deadline = tmp_path / "log" / "worker_1.log", time.monotonic() + 200
+    log, deadline = tmp_path / "log" / "worker_0.log", time.monotonic() + 200
     while not (log.exists() and "evaluating" in log.read_text()):
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.5)
-    victim = int(log.read_text().split("rank 1 is process ")[1].split()[0])
+    victim = int((tmp_path / "log" / "worker_1.log").read_text().split("rank 1 is process ")[1].split()[0])
     os.kill(victim, signal.SIGKILL)
     _, messages = job.communicate(timeout=120)
     assert job.returncode == 1
     assert messages.splitlines()[-1].startswith("error: rank 1 failed")
-    first = int((tmp_path / "log" / "worker_0.log").read_text().split("rank 0 is process ")[1].split()[0])
+    first = int(log.read_text().split("rank 0 is process ")[1].split()[0])
     assert not Path(f"/proc/{first}").exists()
 
 
