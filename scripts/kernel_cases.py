@@ -217,7 +217,7 @@ def small(setting: Setting) -> Iterator[Case]:
     spec = load_spec("deepseek_v3")
     weight, bias = random_rows(device, 256, 7168), torch.randn(256, device=device)
     norm, latent_norm = torch.rand(7168, device=device), torch.rand(LATENT, device=device)
-    cos, sin = torch.rand(4096, 32, device=device), torch.rand(4096, 32, device=device)
+    tables = rope_cache.Tables(torch.rand(4096, 32, device=device), torch.rand(4096, 32, device=device))
     for tokens in (1, 8, 64):
         x = random_rows(device, tokens, 7168)
         for parts in (1, 9):
@@ -238,7 +238,7 @@ def small(setting: Setting) -> Iterator[Case]:
         kv, q = random_rows(device, tokens, LATENT + ROPE), random_rows(device, tokens, 128, 192)[:, :, 128:]
         at = torch.arange(tokens, device=device)
         cache = random_rows(device, tokens, PAGE, LATENT + ROPE)
-        rope = partial(rope_cache.rope_cache, kv, latent_norm, 1e-6, q, q, at, at, cos, sin, cache)
+        rope = partial(rope_cache.rope_cache, kv, latent_norm, 1e-6, q, q, at, at, tables, cache)
         yield Case("rope_cache", f"T{tokens}", "chosen", tokens * (2 * 576 * 2 + 128 * 64 * 4), 0, [rope])
 
 

@@ -36,7 +36,7 @@ class Step(NamedTuple):
     """What a step's layers share."""
 
     norms: dict[int, Tensor]  # by width
-    tables: tuple[Tensor, Tensor]
+    tables: rope_cache.Tables
     room: router.Scratch
     position: Tensor
     blocks: Tensor
@@ -57,7 +57,7 @@ def run(layer: Layer, step: Step, residual: Tensor, branch: Tensor) -> Tensor:
     q = fp8_linear.fp8_linear(query, *layer.q_b).view(tokens, HEADS, 192)
     rope_cache.rope_cache(
         latents[:, QUERY_LATENT:], step.norms[LATENT], 1e-6, q[:, :, 128:], step.absorbed[:, :, LATENT:],
-        step.position, step.position, *step.tables, layer.cache,
+        step.position, step.position, step.tables, layer.cache,
     )  # fmt: skip
     context = PAGE * step.blocks.shape[1]
     mla_decode.mla_decode(step.absorbed, layer.cache, step.blocks, step.lengths, 0.04, LATENT, context)
@@ -102,7 +102,7 @@ def _step(device: torch.device, tokens: int, blocks: int, stack: experts.Stack) 
     table = torch.randperm(blocks, device=device).int().view(tokens, -1)
     return Step(
         {width: torch.rand(width, device=device) for width in (HIDDEN, QUERY_LATENT, LATENT)},
-        (torch.rand(4096, ROPE // 2, device=device), torch.rand(4096, ROPE // 2, device=device)),
+        rope_cache.Tables(*torch.rand(2, 4096, ROPE // 2, device=device)),
         router.scratch(tokens, 256, device), torch.arange(tokens, device=device), table,
         torch.full((tokens,), PAGE * table.shape[1], dtype=torch.int32, device=device),
         random_rows(device, tokens, HEADS, LATENT + ROPE), random_rows(device, tokens, VALUES), stack,

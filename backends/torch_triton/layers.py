@@ -44,7 +44,7 @@ class RMSNorm:
 
 
 class SwiGLU:
-    """down(silu(gate(x)) * up(x)); gate and up are one matrix."""
+    """down(silu(gate(x)) * up(x)), or this rank's part of that sum; gate and up are one matrix."""
 
     def __init__(self, source: TensorSource, prefix: str):
         self.gate_up = Linear(source.stack(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"))
@@ -78,3 +78,10 @@ def adjacent_pairs(spec: ModelSpec, weight_NK: Tensor, block: int) -> Tensor:
     halves = torch.arange(spec.qk_rope_head_dim).view(2, -1)
     order = torch.cat([torch.arange(plain), plain + halves.T.flatten()])
     return weight_NK.view(-1, block, weight_NK.shape[1])[:, order].flatten(0, 1)
+
+
+def product_f32(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """BF16 times BF16 or FP32, as float32 [T, N]: logits, where a rounded result would make ties."""
+    if x_TK.device.type == "cpu" or weight_NK.dtype == torch.float32:
+        return x_TK.float() @ weight_NK.float().t()
+    return torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from deepspan.backends.base import Sampling
-from deepspan.backends.torch_triton.gpu import experts, graphs, room
+from deepspan.backends.torch_triton.gpu import graphs, room
 from deepspan.backends.torch_triton.gpu.inputs import SamplingNumbers
 from deepspan.backends.torch_triton.gpu.matrices import below, dequantise_blocks, pad_fp8, quantise_blocks
 from deepspan.backends.torch_triton.gpu.sampling import Draw, draw, draw_of
 from deepspan.backends.torch_triton.gpu.source import DrawnTensors, StoredTensors
-from deepspan.backends.torch_triton.kernels import experts as kernels
 from deepspan.convert.checkpoint import Checkpoint
 from deepspan.convert.weights import CheckpointWeights
 from deepspan.models.capacity import GIB
@@ -68,25 +67,6 @@ def test_drawn_weights_depend_on_the_name_and_the_seed_only():
     assert not torch.equal(first.plain(name), other.plain(name))
     assert 0.8 < float(first.plain(name).float().std()) * 136**0.5 < 1.2
     assert abs(float(first.plain("model.norm.weight").float().mean()) - 1) < 0.1
-
-
-@pytest.mark.parametrize("tokens, choices, number, block_m", [(40, 4, 9, 16), (3, 2, 300, 128), (129, 8, 8, 32)])
-def test_sorted_tiles_hold_every_pair_once(tokens, choices, number, block_m):
-    ids = torch.randint(number, (tokens, choices), generator=torch.Generator().manual_seed(0)).int()
-    ids[:, 0] = 5  # an expert with many tiles
-    tiles = experts.sorted_tiles(ids, number, block_m)
-    pairs = []
-    for expert, rows, pair_M in zip(*(part.tolist() for part in tiles), strict=True):
-        if expert >= 0:
-            assert 0 < rows <= block_m
-            assert all(ids.view(-1)[pair] == expert for pair in pair_M[:rows])
-            pairs += pair_M[:rows]
-    assert sorted(pairs) == list(range(ids.numel()))
-    assert [part.shape for part in tiles] == [part.shape for part in kernels.group(ids, number, _config(block_m))]
-
-
-def _config(block_m):
-    return kernels.choose(2, kernels.chip_of(CPU))._replace(block_m=block_m)
 
 
 def test_sampled_tokens_equal_the_definition():

@@ -1,10 +1,13 @@
-"""The eager twins in the kernels' places: the same numbers quantised at the same points, without a kernel."""
+"""The eager twins in the kernels' places: the same numbers quantised at the same points, without a kernel.
+
+Attention of prompts stays a kernel: its roundings would tip codes of what follows.
+"""
 
 import torch
 
-from deepspan.backends.torch_triton.gpu import attention, experts, linear, model
+from deepspan.backends.torch_triton.gpu import attention, experts, linear, model, sampling
+from deepspan.backends.torch_triton.kernels import absorb, fp8_linear, mla_decode, quant, rope_cache, router
 from deepspan.backends.torch_triton.kernels import experts as expert_kernels
-from deepspan.backends.torch_triton.kernels import fp8_linear, mla_decode, quant, rope_cache, router
 
 
 def _product(x, weight, scales, gated=False):
@@ -26,14 +29,16 @@ def put_in_place(monkeypatch):
     monkeypatch.setattr(experts, "quantise", quant.quantise_eager)
     monkeypatch.setattr(expert_kernels, "gate_up", _gate_up)
     monkeypatch.setattr(expert_kernels, "down", _down)
+    monkeypatch.setattr(attention, "absorb", absorb.absorb_eager)
     monkeypatch.setattr(attention, "mla_decode", _attend)
     monkeypatch.setattr(attention, "rope_cache", rope_cache.rope_cache_eager)
     monkeypatch.setattr(model, "choose_experts", _choose)
+    monkeypatch.setattr(sampling, "best", lambda logits: logits.argmax(dim=1).int())
 
 
-def _gate_up(x, ids, stack, tiles, config):
+def _gate_up(x, ids, stack, tiles):
     return expert_kernels.gate_up_eager(x, ids, stack).bfloat16()
 
 
-def _down(h, ids, weights, stack, tiles, config):
+def _down(h, ids, weights, stack, tiles):
     return expert_kernels.down_eager(h, ids, weights, stack).to(torch.float32)

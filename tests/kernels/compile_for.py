@@ -15,10 +15,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from deepspan.backends.torch_triton.kernels import (
+    absorb,
+    best,
     chips,
     experts,
     fp8_linear,
+    grouped,
     mla_decode,
+    prompt_attention,
     quant,
     rope_cache,
     router,
@@ -98,6 +102,8 @@ def launch_quant(chip: chips.Chip) -> None:
             for quantise in (False, True)[: 1 + chip.fp8_units]:
                 residual = empty(tokens, channels)
                 quant.add_norm_quantise(branch, residual, empty(channels), 1e-6, not quantise, quantise)
+    if chip.fp8_units:
+        quant.quantise(empty(600, 4096), gated=True)
 
 
 def launch_fp8_linear(chip: chips.Chip) -> None:
@@ -129,7 +135,7 @@ def launch_router(chip: chips.Chip) -> None:
     for name in ("deepseek_v3", "deepseek_v2_lite"):
         spec = load_spec(name)
         bias = empty(spec.n_routed_experts, dtype=torch.float32) if spec.topk_method == "noaux_tc" else None
-        for tokens in (1, 8, 16):
+        for tokens in (1, 8, 16, 600):
             room = router.scratch(tokens, spec.n_routed_experts, torch.device("meta"))
             weight = empty(spec.n_routed_experts, spec.hidden_size)
             router.choose_experts(empty(tokens, spec.hidden_size), weight, bias, spec, room, shared=1)
@@ -144,21 +150,45 @@ def launch_mla(chip: chips.Chip) -> None:
             )  # fmt: skip
 
 
-def launch_rope(chip: chips.Chip) -> None:
-    tables = empty(4096, 32, dtype=torch.float32), empty(4096, 32, dtype=torch.float32)
-    at = empty(8, dtype=torch.int64), empty(8, dtype=torch.int64)
-    q = empty(8, 128, 192)[:, :, 128:]
-    rope_cache.rope_cache(empty(8, 576), empty(512), 1e-6, q, q, *at, *tables, empty(1000, 64, 576))
+def launch_around_attention(chip: chips.Chip) -> None:
+    tables = rope_cache.Tables(empty(4096, 32, dtype=torch.float32), empty(4096, 32, dtype=torch.float32))
+    for heads, tokens in ((128, 1), (128, 128), (16, 8), (128, 600)):
+        q, kv, cache = empty(tokens, heads, 192), empty(tokens, 576), empty(1000, 64, 576)
+        at = empty(tokens, dtype=torch.int32), empty(tokens, dtype=torch.int32)
+        rope_cache.rope_cache(kv, empty(512), 1e-6, q[:, :, 128:], q[:, :, 128:], *at, tables, cache)
+        absorb.absorb(q, empty(heads, 128, 512), kv, empty(512), 1e-6, *at, tables, cache)
+
+
+def launch_prompts(chip: chips.Chip) -> None:
+    kv, rope, tiles = empty(5000, 128, 256), empty(5000, 576)[:, 512:], empty(8, 4, dtype=torch.int32)
+    prompt_attention.prompt_attention(empty(1000, 128, 192), kv, rope, tiles, empty(1000, 128, 128), 0.1)
+    pairs = grouped.Sorted(empty(5400, dtype=torch.int32), *(empty(99, dtype=torch.int32) for _ in range(3)))
+    for x in activations(chip, 5400, 7168):
+        weights = empty(257, 4096, 7168, dtype=chip.fp8), empty(257, 32, 56, dtype=torch.float32)
+        grouped.grouped(x, *weights, pairs)
+    for h in activations(chip, 5400, 2048):
+        weights = empty(257, 7168, 2048, dtype=chip.fp8), empty(257, 56, 16, dtype=torch.float32)
+        grouped.grouped(h, *weights, pairs, empty(600, 9, dtype=torch.float32))
+
+
+def launch_best(chip: chips.Chip) -> None:
+    best.best(empty(8, 129280, dtype=torch.float32))
 
 
 def main(name: str) -> None:
     chip = chips.chip_named(name)
     launches = Launches(chip)
-    for module in (quant, fp8_linear, experts, router, mla_decode, rope_cache):
+    for module in (quant, fp8_linear, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, best):
         module.chip_of = lambda device: chip
-    fp8_linear.counters = lambda device: empty(1, dtype=torch.int32)
+    for module in (fp8_linear, best):
+        module.counters = lambda device: empty(1 << 14, dtype=torch.int32)
+    router.product_f32 = lambda x, weight: empty(len(x), len(weight), dtype=torch.float32)
     JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)
-    for launch in (launch_quant, launch_fp8_linear, launch_experts, launch_router, launch_mla, launch_rope):
+    launchers = (
+        launch_quant, launch_fp8_linear, launch_experts, launch_router, launch_mla, launch_around_attention,
+        launch_prompts, launch_best,
+    )  # fmt: skip
+    for launch in launchers:
         launch(chip)
     print(json.dumps(launches.compile()))
 

@@ -42,6 +42,14 @@ def test_quantise_is_bit_equal_to_its_twin_and_to_the_definition(tokens, channel
         np.testing.assert_array_equal(got.scales.numpy(), other_scales)
 
 
+def test_gate_and_up_are_joined_before_they_are_quantised():
+    x = torch.randn(5, 2 * 320).bfloat16()
+    got, twin = quant.quantise(poisoned(x), gated=True), quant.quantise_eager(x, gated=True)
+    gate, up = x.float().chunk(2, dim=1)
+    np.testing.assert_allclose(quant.dequantise(got), torch.nn.functional.silu(gate) * up, rtol=2**-4, atol=1e-2)
+    assert (quant.dequantise(got) - quant.dequantise(twin)).abs().max() <= 2**-3 * quant.dequantise(twin).abs().max()
+
+
 def test_every_rounding_boundary_of_e4m3():
     """All codes, all midpoints and their FP32 neighbours, with scale 1 (absmax 448)."""
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

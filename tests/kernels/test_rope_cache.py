@@ -30,12 +30,12 @@ def test_equals_its_twin(latent, rope, heads, dtype, page):
     weight = torch.rand(latent) + 0.5
     positions = torch.tensor([0, 255, 7, 8], dtype=torch.int32)
     slots = torch.tensor([3 * page, page - 1, -1, 2 * page + 3], dtype=torch.int64)
-    cos, sin = (torch.from_numpy(table) for table in rope_tables(make(qk_rope_head_dim=rope), 256))
+    tables = kernel.Tables(*map(torch.from_numpy, rope_tables(make(qk_rope_head_dim=rope), 256)))
     results = []
     for write in (kernel.rope_cache, kernel.rope_cache_eager):
         cache = torch.full((4, page + 1, latent + rope + 7), torch.nan).bfloat16()[:, :page, : latent + rope]
         out = torch.full((tokens, heads, latent + rope), torch.nan).bfloat16()
-        write(kv, weight, 1e-6, q, out[:, :, latent:], positions, slots, cos, sin, cache)
+        write(kv, weight, 1e-6, q, out[:, :, latent:], positions, slots, tables, cache)
         results.append((cache, out))
     (cache, out), (cache_twin, out_twin) = results
     torch.testing.assert_close(cache, cache_twin, rtol=2**-7, atol=1e-6, equal_nan=True)
@@ -45,9 +45,9 @@ def test_equals_its_twin(latent, rope, heads, dtype, page):
 
 def test_queries_may_be_rotated_in_place():
     q, kv = frame(1, 4, 16), frame(1, 48)
-    cos, sin = (torch.from_numpy(table) for table in rope_tables(make(qk_rope_head_dim=16), 9))
+    tables = kernel.Tables(*map(torch.from_numpy, rope_tables(make(qk_rope_head_dim=16), 9)))
     at = torch.tensor([8]), torch.tensor([0])
     expected, cache = torch.empty(1, 4, 16).bfloat16(), torch.empty(1, 4, 48).bfloat16()
-    kernel.rope_cache_eager(kv, torch.ones(32), 1e-6, q, expected, *at, cos, sin, cache)
-    kernel.rope_cache(kv, torch.ones(32), 1e-6, q, q, *at, cos, sin, cache)
+    kernel.rope_cache_eager(kv, torch.ones(32), 1e-6, q, expected, *at, tables, cache)
+    kernel.rope_cache(kv, torch.ones(32), 1e-6, q, q, *at, tables, cache)
     torch.testing.assert_close(q, expected, rtol=2**-7, atol=1e-6)

@@ -33,7 +33,7 @@ def inputs(spec, tokens: int, hidden: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("tokens, hidden", [(1, 144), (21, 52)])
+@pytest.mark.parametrize("tokens, hidden", [(1, 144), (21, 52), (kernel.LIBRARY_TOKENS + 3, 20)])
 def test_chooses_what_the_definition_chooses(name, tokens, hidden):
     spec = SPECS[name]
     x, weight, bias = inputs(spec, tokens, hidden, torch.bfloat16)

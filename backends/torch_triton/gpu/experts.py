@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import experts as kernels
-from ..kernels.chips import Chip, chip_of
-from ..kernels.experts import Config, Stack, Tiles
+from ..kernels import grouped
+from ..kernels.chips import chip_of
+from ..kernels.experts import Stack, Tiles
 from ..kernels.quant import quantise
 from ..kernels.router import Choice
 from ..layers import gated
 from .linear import Operand
 
-_FEW_TOKENS = 512  # up to here one program orders the pairs
+FEW_TOKENS = 512  # up to here one program orders the pairs, and memory is the limit
 
 
 class Fp8Experts:
@@ -30,46 +31,25 @@ class Fp8Experts:
         self._chip = chip_of(stack.gate_up.device)
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
-        """Each choice's result times its weight, FP32 [T, P, D]; to be added."""
-        config = choose(len(choice.ids), self._chip)
-        tiles = self._tiles(choice.ids, config)
-        h = kernels.gate_up(x, choice.ids, self._stack, tiles, config)
+        """Each choice's result times its weight, FP32 or, of many tokens, BF16 [T, P, D]; to be added."""
+        if len(choice.ids) > FEW_TOKENS:
+            return self._many(x, choice)
+        tiles = self._tiles(choice.ids)
+        h = kernels.gate_up(x, choice.ids, self._stack, tiles)
         h_or_codes = quantise(h, self._ue8m0) if self._chip.fp8_units else h
-        return kernels.down(h_or_codes, choice.ids, choice.weights, self._stack, tiles, config=config)
+        return kernels.down(h_or_codes, choice.ids, choice.weights, self._stack, tiles)
 
-    def _tiles(self, ids_TP: Tensor, config: Config) -> Tiles:
-        if len(ids_TP) == 1:
-            return kernels.one_pair_tiles(ids_TP, config)
-        experts = len(self._stack.gate_up)
-        if len(ids_TP) <= _FEW_TOKENS:
-            return kernels.group(ids_TP, experts, config)
-        return sorted_tiles(ids_TP, experts, config.block_m)
+    def _tiles(self, ids_TP: Tensor) -> Tiles:
+        return kernels.one_pair_tiles(ids_TP) if len(ids_TP) == 1 else kernels.group(ids_TP, len(self._stack.down))
 
-
-def choose(tokens: int, chip: Chip) -> Config:
-    """The kernels' own choice for decoding, large tiles for prompts."""
-    if tokens <= 1024 or chip.shared_memory < 160 << 10:
-        return kernels.choose(tokens, chip)
-    return Config(128, 64, 4, 128, 4, warps=8)
-
-
-def sorted_tiles(ids_TP: Tensor, experts: int, block_m: int) -> Tiles:
-    """`kernels.experts.group` for any number of pairs."""
-    pairs = ids_TP.numel()
-    sorted_R, order_R = ids_TP.flatten().sort(stable=True)
-    edges = torch.searchsorted(sorted_R, torch.arange(experts + 1, dtype=torch.int32, device=ids_TP.device))
-    start_E, count_E = edges[:-1], edges.diff()
-    tiles_E = (count_E + block_m - 1) // block_m
-    end_E = tiles_E.cumsum(0)
-    tile_U = torch.arange(min(pairs, min(experts, pairs) + pairs // block_m), device=ids_TP.device)
-    expert_U = torch.searchsorted(end_E, tile_U, right=True)
-    used_U = expert_U < experts
-    expert_U = expert_U.clamp(max=experts - 1)
-    first_U = (tile_U - (end_E - tiles_E)[expert_U]) * block_m
-    rows_U = (count_E[expert_U] - first_U).clamp(max=block_m)
-    slot_UM = (start_E[expert_U] + first_U)[:, None] + torch.arange(block_m, device=ids_TP.device)
-    pair_UM = order_R[slot_UM.clamp(max=pairs - 1)]
-    return Tiles(expert_U.where(used_U, -1).int(), rows_U.int(), pair_UM.int())
+    def _many(self, x: Operand, choice: Choice) -> Tensor:
+        tokens, choices = choice.ids.shape
+        stack = self._stack
+        pairs = grouped.sort_pairs(choice.ids, len(stack.down), grouped.choose(self._chip).block_m)
+        gate_up = grouped.grouped(grouped.gather(x, pairs, choices), stack.gate_up, stack.gate_up_scales, pairs)
+        h = quantise(gate_up, self._ue8m0, gated=True) if self._chip.fp8_units else gated(gate_up)
+        y = grouped.grouped(h, stack.down, stack.down_scales, pairs, choice.weights)
+        return y.view(tokens, choices, -1)
 
 
 class Bf16Experts:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ....configs.schema import RunConfig
@@ -21,8 +23,10 @@ from .sampling import Draw, draw, draw_of
 
 
 class Outputs(NamedTuple):
-    token_ids_O: Tensor  # int32
-    logits_OV: Tensor  # float32
+    """Of the last step, with rows for padding; the next one overwrites them."""
+
+    token_ids_O: NDArray[np.int32]  # on the host
+    logits_OV: Tensor  # float32, on the device
 
 
 class Size(NamedTuple):
@@ -56,7 +60,7 @@ class DecodeSteps:
             self._step(Size(count, 1, Draw.GREEDY))
 
     def run(self, batch: StepBatch, queries: int) -> Outputs:
-        """Start the step. Its outputs stay valid until the next one; rows past the batch are padding."""
+        """Run the step and wait for its tokens."""
         count = next(size for size in self._sizes if size >= len(batch.query_lens_B))
         step = self._step(Size(count, queries, draw_of(batch.sampling)))
         step.buffers.fill(batch, self._block_size)
@@ -73,20 +77,25 @@ class DecodeSteps:
 
 
 class DecodeStep:
-    """One size: its buffers, and the forward pass over them."""
+    """One size: its buffers, and the forward pass over them, transfers in both directions included."""
 
     def __init__(self, model: Model, buffers: DecodeBuffers, how: Draw):
         self.buffers = buffers
         self._model = model
         self._how = how
-        self._recorded: tuple[Any, Outputs] | None = None
+        tokens = buffers.sequences * buffers.queries
+        self._token_ids_O = torch.zeros(tokens, dtype=torch.int32, pin_memory=buffers.device.type != "cpu")
+        self._recorded: tuple[Any, Tensor] | None = None
 
     def run(self) -> Outputs:
         if self._recorded is None:
-            return self._forward()
-        graph, outputs = self._recorded
-        graph.replay()
-        return outputs
+            logits_OV = self._forward()
+        else:
+            graph, logits_OV = self._recorded
+            graph.replay()
+        if self.buffers.device.type != "cpu":
+            torch.get_device_module(self.buffers.device).current_stream().synchronize()
+        return Outputs(self._token_ids_O.numpy(), logits_OV)
 
     def record(self, device: torch.device, pool: Any) -> None:
         """After a first run, which compiles kernels and allocates what outlives a step."""
@@ -95,9 +104,11 @@ class DecodeStep:
         gpu.synchronize()
         graph = gpu.CUDAGraph()
         with gpu.graph(graph, pool=pool):
-            outputs = self._forward()
-        self._recorded = graph, outputs
+            logits_OV = self._forward()
+        self._recorded = graph, logits_OV
 
-    def _forward(self) -> Outputs:
+    def _forward(self) -> Tensor:
+        self.buffers.send()
         logits_OV = self._model.logits(self._model.hidden(self.buffers.step))
-        return Outputs(draw(logits_OV, self.buffers.sampling, self._how), logits_OV)
+        self._token_ids_O.copy_(draw(logits_OV, self.buffers.sampling, self._how), non_blocking=True)
+        return logits_OV

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...base import FloatArray, IntArray, StepBatch
+from ..kernels.prompt_attention import TILE_QUERIES, Tile
 from ..plan import ABSORBED_QUERIES
 
 _MULTIPLE = 8  # rows of a step with prompts: what cuBLASLt wants of scaled operands
@@ -33,12 +34,15 @@ class Absorbed:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A sequence in expanded form: its rows among the T, its cache blocks, and how many positions it sees."""
+class Prompts:
+    """Sequences in expanded form whose keys and values are expanded together.
 
-    rows: slice
-    blocks_M: Tensor
-    visible: int
+    ``slots_S``: where the cache holds their positions, sequence after sequence. ``tiles_U``: int32, rows of
+    `kernels.prompt_attention.Tile`, the longest work first.
+    """
+
+    slots_S: Tensor
+    tiles_U: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Step:
     slots_T: Tensor
     decode: Absorbed | None = None
     absorbed: tuple[Absorbed, ...] = ()
-    prompts: tuple[Prompt, ...] = ()
+    prompts: tuple[Prompts, ...] = ()
 
 
 def same_queries(batch: StepBatch) -> int | None:
@@ -71,8 +75,12 @@ def positions_and_slots(batch: StepBatch, block_size: int) -> tuple[IntArray, In
     return positions_T.astype(np.int32), slots_T.astype(np.int32)
 
 
-def mixed_step(batch: StepBatch, block_size: int, longest: int, device: torch.device) -> Step:
-    """Prompts, chunks of them and decoding sequences in any mixture. Rows are padded with tokens that nobody reads."""
+def mixed_step(batch: StepBatch, block_size: int, longest: int, expanded: int, device: torch.device) -> Step:
+    """Prompts, chunks of them and decoding sequences in any mixture. Rows are padded with tokens that nobody reads.
+
+    ``longest`` bounds a sequence's tokens; ``expanded`` positions have keys and values of all heads at a time, or one
+    sequence.
+    """
     positions_T, slots_T = positions_and_slots(batch, block_size)
     padding = -len(positions_T) % _MULTIPLE
 
@@ -89,9 +97,7 @@ def mixed_step(batch: StepBatch, block_size: int, longest: int, device: torch.de
             for queries in range(1, ABSORBED_QUERIES + 1)
             if (lens_B == queries).any()
         ),
-        prompts=tuple(
-            _prompt(batch, sequence, block_size, device) for sequence in np.flatnonzero(lens_B > ABSORBED_QUERIES)
-        ),
+        prompts=tuple(_prompts(batch, group, block_size, device) for group in _groups_of_prompts(batch, expanded)),
     )
 
 
@@ -106,11 +112,39 @@ def _absorbed(
     return Absorbed(rows, table, lengths, longest)
 
 
-def _prompt(batch: StepBatch, sequence: int, block_size: int, device: torch.device) -> Prompt:
-    end = int(batch.query_lens_B[: sequence + 1].sum())
-    visible = int(batch.context_lens_B[sequence] + batch.query_lens_B[sequence])
-    blocks_M = batch.block_tables_BM[sequence, : -(-visible // block_size)].astype(np.int64)
-    return Prompt(slice(end - int(batch.query_lens_B[sequence]), end), torch.from_numpy(blocks_M).to(device), visible)
+def _groups_of_prompts(batch: StepBatch, limit: int) -> list[list[int]]:
+    """Sequences with many new tokens, as many together as have ``limit`` positions, but at least one."""
+    groups: list[list[int]] = []
+    room = 0
+    for sequence in np.flatnonzero(batch.query_lens_B > ABSORBED_QUERIES).tolist():
+        visible = int(batch.context_lens_B[sequence] + batch.query_lens_B[sequence])
+        if not groups or visible > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(sequence)
+        room -= visible
+    return groups
+
+
+def _prompts(batch: StepBatch, sequences: list[int], block_size: int, device: torch.device) -> Prompts:
+    rows_B = np.cumsum(batch.query_lens_B) - batch.query_lens_B
+    slots: list[NDArray[np.int64]] = []
+    tiles = []
+    start = 0
+    for sequence in sequences:
+        context, queries = int(batch.context_lens_B[sequence]), int(batch.query_lens_B[sequence])
+        position_S = np.arange(context + queries)
+        block_S = batch.block_tables_BM[sequence, position_S // block_size].astype(np.int64)
+        slots.append(block_S * block_size + position_S % block_size)
+        for first in range(0, queries, TILE_QUERIES):
+            count = min(TILE_QUERIES, queries - first)
+            tiles.append(Tile(int(rows_B[sequence]) + first, count, start, context + first))
+        start += context + queries
+    tiles.sort(key=lambda tile: tile.position, reverse=True)
+    return Prompts(
+        torch.from_numpy(np.concatenate(slots)).to(device),
+        torch.from_numpy(np.array(tiles, np.int32)).to(device),
+    )
 
 
 class DecodeBuffers:
@@ -120,13 +154,17 @@ class DecodeBuffers:
     """
 
     def __init__(self, sequences: int, queries: int, width: int, longest: int, device: torch.device):
-        self.sequences, self.queries = sequences, queries
+        self.sequences, self.queries, self.device = sequences, queries, device
         tokens = sequences * queries
         sizes = [tokens] * 7 + [sequences, sequences * width]
-        pinned = device.type != "cpu"
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=pinned)
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type != "cpu")
         self._device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self._host_parts = [part.numpy() for part in self._host.split(sizes)]
+        parts = [part.numpy() for part in self._host.split(sizes)]
+        self._token_ids_T, self._positions_T, self._slots_T = parts[:3]
+        self._sampling_T = parts[3:7]
+        self._lengths_B, self._table_BM = parts[7], parts[8].reshape(sequences, width)
+        self._slots_T[:] = -1
+        self._filled = 0
         token_ids, positions, slots, *sampling, lengths, table = self._device.split(sizes)
         decode = Absorbed(slice(None), table.view(sequences, width), lengths, longest)
         self.step = Step(token_ids, positions, slots, decode)
@@ -134,28 +172,26 @@ class DecodeBuffers:
         self.sampling = SamplingNumbers(
             positions, temperature.view(torch.float32), top_k, top_p.view(torch.float32), seed
         )
-        self._width = width
 
     def fill(self, batch: StepBatch, block_size: int) -> None:
-        """Send ``batch`` to the device, after all that was started before."""
+        """Take ``batch`` as the host's copy. What was sent before must have arrived."""
         tokens, sequences = len(batch.token_ids_T), len(batch.query_lens_B)
-        for part, filler in zip(self._host_parts, (0, 0, -1, 0, 0, 0, 0, 0, 0), strict=True):
-            part[:] = filler
+        self._token_ids_T[:tokens] = batch.token_ids_T
+        self._positions_T[:tokens], self._slots_T[:tokens] = positions_and_slots(batch, block_size)
+        self._slots_T[tokens : self._filled] = -1
+        self._lengths_B[:sequences] = batch.context_lens_B + batch.query_lens_B
+        self._lengths_B[sequences:] = 0
+        self._filled = tokens
+        width = min(self._table_BM.shape[1], batch.block_tables_BM.shape[1])
+        self._table_BM[:sequences, :width] = batch.block_tables_BM[:, :width]
         chosen = batch.sampling
-        by_token = [
-            batch.token_ids_T,
-            *positions_and_slots(batch, block_size),
-            *(
-                np.repeat(values_B, self.queries).view(np.int32)
-                for values_B in (chosen.temperature_B, chosen.top_k_B, chosen.top_p_B, chosen.seed_B)
-            ),
-        ]
-        for part, values_T in zip(self._host_parts, by_token, strict=False):
-            part[:tokens] = values_T
-        lengths, table = self._host_parts[-2:]
-        lengths[:sequences] = batch.context_lens_B + batch.query_lens_B
-        used = min(self._width, batch.block_tables_BM.shape[1])
-        table.reshape(self.sequences, self._width)[:sequences, :used] = batch.block_tables_BM[:, :used]
+        if (chosen.temperature_B > 0).any():  # otherwise nothing reads the numbers
+            numbers = chosen.temperature_B, chosen.top_k_B, chosen.top_p_B, chosen.seed_B
+            for part, values_B in zip(self._sampling_T, numbers, strict=True):
+                part[:tokens] = np.repeat(values_B, self.queries).view(np.int32)
+
+    def send(self) -> None:
+        """To the device, after all that was started before."""
         self._device.copy_(self._host, non_blocking=True)
 
 

@@ -30,8 +30,8 @@ class Linear(Protocol):
     def __call__(self, x: Operand) -> Tensor:
         """BF16 [T, N]."""
 
-    def gated(self, x: Operand) -> Tensor:
-        """silu(gate) * up for W = [gate; up], BF16 [T, N / 2]."""
+    def gated(self, x: Operand) -> Operand:
+        """silu(gate) * up for W = [gate; up], [T, N / 2]; quantised when that is one launch less."""
 
 
 class Bf16Linear:
@@ -42,7 +42,7 @@ class Bf16Linear:
         assert isinstance(x, Tensor), "BF16 weights take BF16 activations"
         return F.linear(x, self._weight)
 
-    def gated(self, x: Operand) -> Tensor:
+    def gated(self, x: Operand) -> Operand:
         return gated(self(x))
 
 
@@ -64,10 +64,10 @@ class Fp8Linear:
             return _library_product(x, self._weight)
         return fp8_linear(x, *self._weight)
 
-    def gated(self, x: Operand) -> Tensor:
+    def gated(self, x: Operand) -> Operand:
         x = self._operand(x)
         if self._in_library and isinstance(x, Codes) and _is_many(len(x.codes)):
-            return gated(_library_product(x, self._weight))
+            return quantise(_library_product(x, self._weight), self._ue8m0, gated=True)
         return fp8_linear(x, *self._weight, gated=True)
 
     def _operand(self, x: Operand) -> Operand:
@@ -111,10 +111,3 @@ def operand(normed: Normed) -> Operand:
     x = normed.plain if normed.quantised is None else normed.quantised
     assert x is not None, "a norm has at least one form"
     return x
-
-
-def product_f32(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """BF16 times BF16 as FP32 [T, N], for logits: a BF16 result would make ties of the best tokens."""
-    if x_TK.device.type == "cpu":
-        return x_TK.float() @ weight_NK.float().t()
-    return torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)

@@ -41,12 +41,12 @@ class Loader:
         self.spec = spec
         self.source = source
         self._fp8 = fp8
+        self._quantises = fp8 and chip_of(source.device).fp8_units
         self._ue8m0 = spec.fp8 is not None and spec.fp8.scale_fmt == "ue8m0"
 
     def norm(self, name: str, eps: float, plain: bool = False) -> Norm:
         """A norm before linear layers; ``plain`` for one whose BF16 result is wanted too."""
-        codes = self._fp8 and chip_of(self.source.device).fp8_units
-        return Norm(self.source.plain(name), eps, codes, plain, self._ue8m0)
+        return Norm(self.source.plain(name), eps, self._quantises, plain, self._ue8m0)
 
     def plain_norm(self, name: str) -> Norm:
         """A norm whose result is wanted in BF16 only."""

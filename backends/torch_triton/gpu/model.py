@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ....models.rope import rope_tables
 from ..kernels.quant import Normed
+from ..kernels.rope_cache import Tables
 from ..kernels.router import Scratch, choose_experts, scratch
-from .attention import Attention, Rope
+from ..layers import product_f32
+from .attention import Attention
 from .inputs import Step
-from .linear import operand, product_f32
+from .linear import operand
 from .loader import Loader
 
 
@@ -42,7 +44,7 @@ class Model:
     def __init__(self, loader: Loader, max_positions: int, max_tokens: int):
         spec, source = loader.spec, loader.source
         self._spec = spec
-        rope = Rope(*(torch.from_numpy(table).to(source.device) for table in rope_tables(spec, max_positions)))
+        rope = Tables(*(torch.from_numpy(table).to(source.device) for table in rope_tables(spec, max_positions)))
         room = scratch(max_tokens, spec.n_routed_experts, source.device)
         self._embedding_VD = source.plain("model.embed_tokens.weight")
         self._blocks = [Block(loader, layer, rope, room) for layer in range(spec.num_hidden_layers)]
@@ -73,7 +75,7 @@ class Model:
 class Block:
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, loader: Loader, layer: int, rope: Rope, room: Scratch):
+    def __init__(self, loader: Loader, layer: int, rope: Tables, room: Scratch):
         prefix, eps = f"model.layers.{layer}", loader.spec.rms_norm_eps
         is_moe = loader.spec.is_moe(layer)
         self._input_norm = loader.norm(f"{prefix}.input_layernorm.weight", eps)
@@ -120,7 +122,7 @@ class MoE:
 class MTP:
     """Predicts the token after the next from a hidden state and the next token (DeepSeek-V3 section 2.2)."""
 
-    def __init__(self, loader: Loader, rope: Rope, room: Scratch):
+    def __init__(self, loader: Loader, rope: Tables, room: Scratch):
         spec, source = loader.spec, loader.source
         prefix = f"model.layers.{spec.num_hidden_layers}"
         self._embedding_VD = source.plain(f"{prefix}.embed_tokens.weight")

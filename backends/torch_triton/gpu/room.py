@@ -31,7 +31,7 @@ def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
     tokens, length = run.engine.max_batch_tokens, run.engine.max_seq_len
     heads, hidden = spec.num_attention_heads, spec.hidden_size
     attention = tokens * heads * (2 * spec.qk_head_dim + 3 * spec.v_head_dim) + tokens * (spec.q_lora_rank or 0)
-    expanded = length * heads * (spec.qk_nope_head_dim + spec.v_head_dim + 3 * spec.qk_head_dim)
+    expanded = max(length, tokens) * (heads * (spec.qk_nope_head_dim + spec.v_head_dim) + spec.latent_dim)
     choices = spec.num_experts_per_tok + spec.n_shared_experts
     experts = tokens * choices * (2 * hidden + 2 * spec.moe_intermediate_size)  # FP32 results count twice
     dense = tokens * 4 * spec.intermediate_size

@@ -72,9 +72,7 @@ class GpuRunner:
             return self._mixed(self._model, batch)
         token_ids_O, logits_OV = self._decode.run(batch, queries)
         count = len(batch.token_ids_T)
-        return StepResult(
-            token_ids_O[:count].cpu().numpy(), logits_OV[:count].cpu().numpy() if batch.return_logits else None
-        )
+        return StepResult(token_ids_O[:count].copy(), logits_OV[:count].cpu().numpy() if batch.return_logits else None)
 
     def close(self) -> None:
         self._model = None
@@ -82,7 +80,9 @@ class GpuRunner:
 
     def _mixed(self, model: Model, batch: StepBatch) -> StepResult:
         rows_O, sequence_O, position_O = output_rows(batch)
-        step = mixed_step(batch, self.block_size, self._run.engine.max_seq_len, self._device)
+        engine = self._run.engine
+        expanded = max(engine.max_seq_len, engine.max_batch_tokens)
+        step = mixed_step(batch, self.block_size, engine.max_seq_len, expanded, self._device)
         stream = model.hidden(step)
         device_rows_O = torch.from_numpy(rows_O).to(self._device)
         logits_OV, token_ids_O = self._no_outputs()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...base import Sampling
+from ..kernels.best import best
 from ..sampling import filtered, gumbel_noise
 from .inputs import SamplingNumbers
 
@@ -36,9 +37,9 @@ def draw_of(sampling: Sampling) -> Draw:
 
 def draw(logits_OV: Tensor, numbers: SamplingNumbers, how: Draw) -> Tensor:
     """int32 [O]: the best token of sequences at temperature 0, a drawn one of the others."""
-    greedy_O = logits_OV.argmax(dim=1)
+    greedy_O = best(logits_OV)
     if how is Draw.GREEDY:
-        return greedy_O.int()
+        return greedy_O
     random_O = numbers.temperature_O > 0
     scaled_OV = logits_OV / numbers.temperature_O.where(random_O, 1.0)[:, None]
     if how is Draw.FILTERED:
@@ -46,4 +47,4 @@ def draw(logits_OV: Tensor, numbers: SamplingNumbers, how: Draw) -> Tensor:
         limited_OV = filtered(scaled_OV, numbers.top_k_O.long(), numbers.top_p_O)
         scaled_OV = torch.where(limited_O[:, None], limited_OV, scaled_OV)
     noise_OV = gumbel_noise(numbers.seed_O.long() & _UNSIGNED, numbers.position_O.long(), logits_OV.shape[1])
-    return (scaled_OV + noise_OV).argmax(dim=1).where(random_O, greedy_O).int()
+    return (scaled_OV + noise_OV).argmax(dim=1).int().where(random_O, greedy_O)

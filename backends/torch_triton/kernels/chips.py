@@ -21,6 +21,7 @@ class Chip:
     processors: int  # what one wave of programs fills
     fp8_units: bool  # whether the matrix units take e4m3; otherwise weights are decoded with integer operations
     fnuz: bool = False  # whether e4m3 is the fnuz form
+    encodes_fp8: bool = False  # whether an instruction rounds FP32 to e4m3fn
     dependent_launch: bool = False  # whether a kernel may start before the one ahead of it has ended
     shared_memory: int = 64 << 10  # bytes a program may use
 
@@ -34,8 +35,8 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("sm_80", 108, fp8_units=False, shared_memory=163 << 10),
-        Chip("sm_90", 132, fp8_units=True, dependent_launch=True, shared_memory=227 << 10),
-        Chip("sm_100", 148, fp8_units=True, dependent_launch=True, shared_memory=227 << 10),
+        Chip("sm_90", 132, fp8_units=True, encodes_fp8=True, dependent_launch=True, shared_memory=227 << 10),
+        Chip("sm_100", 148, fp8_units=True, encodes_fp8=True, dependent_launch=True, shared_memory=227 << 10),
         Chip("gfx942", 304, fp8_units=True, fnuz=True),
         Chip("gfx950", 256, fp8_units=True, shared_memory=160 << 10),
     )

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import e4m3, pdl
+from . import e4m3, pdl, tiles
 from .chips import Chip, check, chip_of, options
 
 GROUP = 128
@@ -40,14 +40,22 @@ def empty_codes(tokens: int, channels: int, device: torch.device) -> Codes:
 
 
 @triton.jit
-def _quantise_groups(x_GX, UE8M0: tl.constexpr, FNUZ: tl.constexpr):
+def quantise_groups(x_GX, UE8M0: tl.constexpr, FNUZ: tl.constexpr, INSTRUCTION: tl.constexpr):
     """Codes [G, 128] and scales [G] of FP32 values."""
     amax_G = tl.maximum(tl.max(tl.abs(x_GX), 1), 1e-4)
     scale_G = tl.div_rn(amax_G, 448.0)
     if UE8M0:
         bits_G = scale_G.to(tl.uint32, bitcast=True) + 0x7FFFFF
         scale_G = (bits_G & 0x7F800000).to(tl.float32, bitcast=True)
-    codes_GX = e4m3.encode(tl.div_rn(x_GX, tl.broadcast_to(scale_G[:, None], x_GX.shape)), FNUZ)
+    scale_GX = tl.broadcast_to(scale_G[:, None], x_GX.shape)
+    if INSTRUCTION:  # a correctly rounded quotient (Markstein, 1990), cheaper than a division
+        inverse_GX = tl.broadcast_to(tl.div_rn(1.0, scale_G)[:, None], x_GX.shape)
+        near_GX = x_GX * inverse_GX
+        nearer_GX = tl.fma(tl.fma(-near_GX, scale_GX, x_GX), inverse_GX, near_GX)
+        quotient_GX = tl.fma(tl.fma(-nearer_GX, scale_GX, x_GX), inverse_GX, nearer_GX)
+    else:
+        quotient_GX = tl.div_rn(x_GX, scale_GX)
+    codes_GX = e4m3.encode(quotient_GX, FNUZ, INSTRUCTION)
     return codes_GX, scale_G * 2.0 if FNUZ else scale_G
 
 
@@ -69,8 +77,8 @@ def _added(branch_ptr, branch_stride_p, residual_ptr, k_GX, K, P: tl.constexpr, 
 def _add_norm_quantise(
     branch_ptr, branch_stride_t, branch_stride_p, residual_ptr, residual_stride, weight_ptr, sum_ptr, plain_ptr,
     codes_ptr, scales_ptr, scales_stride, eps, K, P: tl.constexpr, ADD: tl.constexpr, PLAIN: tl.constexpr,
-    QUANTISE: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
-    PDL: tl.constexpr,
+    QUANTISE: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr, INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr,
+    PART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tokens, parts of a row. Each program sums the squares of the whole row: the costly rest is shared out."""
     t = tl.program_id(0).to(tl.int64)
@@ -93,7 +101,7 @@ def _add_norm_quantise(
     if PLAIN:
         tl.store(plain_ptr + t * K + k_GX, normed_GX, mask=k_GX < K)
     if QUANTISE:
-        codes_GX, scale_G = _quantise_groups(normed_GX.to(tl.float32), UE8M0, FNUZ)
+        codes_GX, scale_G = quantise_groups(normed_GX.to(tl.float32), UE8M0, FNUZ, INSTRUCTION)
         tl.store(codes_ptr + t * K + k_GX, codes_GX, mask=k_GX < K)
         tl.store(scales_ptr + t + group_G * scales_stride, scale_G, mask=group_G * 128 < K)
 
@@ -140,7 +148,8 @@ def add_norm_quantise(
         out.quantised.codes.view(torch.uint8) if out.quantised else None,
         out.quantised.scales if out.quantised else None, tokens, eps, channels,
         P=parts, ADD=residual_TK is not None, PLAIN=plain, QUANTISE=quantise, UE8M0=ue8m0, FNUZ=chip.fnuz,
-        BLOCK=block, PART=part, PDL=chip.dependent_launch, **options(chip, warps=4 if block <= 2048 else 8),
+        INSTRUCTION=chip.encodes_fp8, BLOCK=block, PART=part, PDL=chip.dependent_launch,
+        **options(chip, warps=4 if block <= 2048 else 8),
     )  # fmt: skip
     return out
 
@@ -180,8 +189,8 @@ def add_norm_quantise_eager(
 
 @triton.jit(do_not_specialize=["scales_stride"])
 def _quantise(
-    x_ptr, x_stride, codes_ptr, scales_ptr, scales_stride, K,
-    UE8M0: tl.constexpr, FNUZ: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, x_stride, codes_ptr, scales_ptr, scales_stride, K, GATED: tl.constexpr,
+    UE8M0: tl.constexpr, FNUZ: tl.constexpr, INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     group_G = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
@@ -189,28 +198,39 @@ def _quantise(
     pdl.wait(PDL)
     pdl.release(PDL)
     x_GX = tl.load(x_ptr + t * x_stride + k_GX, mask=k_GX < K, other=0.0).to(tl.float32)
-    codes_GX, scale_G = _quantise_groups(x_GX, UE8M0, FNUZ)
+    if GATED:
+        up_GX = tl.load(x_ptr + t * x_stride + K + k_GX, mask=k_GX < K, other=0.0).to(tl.float32)
+        x_GX = tiles.silu_product(x_GX, up_GX).to(tl.bfloat16).to(tl.float32)
+    codes_GX, scale_G = quantise_groups(x_GX, UE8M0, FNUZ, INSTRUCTION)
     tl.store(codes_ptr + t * K + k_GX, codes_GX, mask=k_GX < K)
     tl.store(scales_ptr + t + group_G * scales_stride, scale_G, mask=group_G * 128 < K)
 
 
-def quantise(x_TK: torch.Tensor, ue8m0: bool = False) -> Codes:
-    """1 x 128 codes of BF16 or FP32 activations [T, K]; channels contiguous."""
+def quantise(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False) -> Codes:
+    """1 x 128 codes of BF16 or FP32 activations [T, K]; channels contiguous.
+
+    ``gated``: of silu(gate) * up in BF16, where ``x_TK`` is [gate | up].
+    """
     check(x_TK.dim() == 2 and x_TK.stride(1) == 1, "activations must be [T, K] with contiguous channels", "quantise")
     chip = chip_of(x_TK.device)
     check(chip.fp8_units, f"{chip.name} has no FP8 units, so activations stay BF16", "quantise")
     tokens, channels = x_TK.shape
+    channels = channels // 2 if gated else channels
     out = empty_codes(tokens, channels, x_TK.device)
     block = 1024
     _quantise[(tokens, triton.cdiv(channels, block))](
-        x_TK, x_TK.stride(0), out.codes.view(torch.uint8), out.scales, tokens, channels,
-        UE8M0=ue8m0, FNUZ=chip.fnuz, BLOCK=block, PDL=chip.dependent_launch, **options(chip, warps=4),
+        x_TK, x_TK.stride(0), out.codes.view(torch.uint8), out.scales, tokens, channels, GATED=gated,
+        UE8M0=ue8m0, FNUZ=chip.fnuz, INSTRUCTION=chip.encodes_fp8, BLOCK=block, PDL=chip.dependent_launch,
+        **options(chip, warps=4),
     )  # fmt: skip
     return out
 
 
-def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False) -> Codes:
+def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False) -> Codes:
     """The twin of `quantise`."""
+    if gated:
+        gate_TK, up_TK = x_TK.float().chunk(2, dim=1)
+        x_TK = (torch.nn.functional.silu(gate_TK) * up_TK).bfloat16()
     tokens, channels = x_TK.shape
     groups = triton.cdiv(channels, GROUP)
     x_TGX = torch.nn.functional.pad(x_TK.float(), (0, groups * GROUP - channels)).view(tokens, groups, GROUP)

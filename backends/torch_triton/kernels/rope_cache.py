@@ -6,6 +6,8 @@ Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.3; pairs are adjacent number
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,8 +16,15 @@ from . import pdl
 from .chips import check, chip_of, options
 
 
+class Tables(NamedTuple):
+    """float32 [positions, R / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 @triton.jit
-def _rotated(pairs_HZ2, cos_HZ, sin_HZ):
+def rotated(pairs_HZ2, cos_HZ, sin_HZ):
     """Pairs of adjacent numbers [H, Z, 2], rotated."""
     even_HZ, odd_HZ = tl.split(pairs_HZ2.to(tl.float32))
     return tl.join(even_HZ * cos_HZ - odd_HZ * sin_HZ, even_HZ * sin_HZ + odd_HZ * cos_HZ)
@@ -48,7 +57,7 @@ def _rope_cache(
             normed_C = latent_C * tl.rsqrt(tl.sum(latent_C * latent_C, 0) / C + eps) * weight_C
             tl.store(entry_ptr + c_C, normed_C, mask=c_C < C)
             key_Z2 = tl.load(kv_ptr + C + r_Z2, mask=mask_Z[:, None], other=0.0)
-            tl.store(entry_ptr + C + r_Z2, _rotated(key_Z2, cos_Z, sin_Z), mask=mask_Z[:, None])
+            tl.store(entry_ptr + C + r_Z2, rotated(key_Z2, cos_Z, sin_Z), mask=mask_Z[:, None])
     else:
         h_H = (tl.program_id(1) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
         mask_HZ2 = (h_H < H)[:, None, None] & mask_Z[None, :, None]
@@ -57,7 +66,7 @@ def _rope_cache(
         cos_HZ = tl.broadcast_to(cos_Z[None, :], (BLOCK_H, BLOCK_Z))
         sin_HZ = tl.broadcast_to(sin_Z[None, :], (BLOCK_H, BLOCK_Z))
         out_ptrs_HZ2 = q_out_ptr + t * q_out_stride_t + (h_H * q_out_stride_h)[:, None, None] + r_Z2[None, :, :]
-        tl.store(out_ptrs_HZ2, _rotated(q_HZ2, cos_HZ, sin_HZ), mask=mask_HZ2)
+        tl.store(out_ptrs_HZ2, rotated(q_HZ2, cos_HZ, sin_HZ), mask=mask_HZ2)
 
 
 def rope_cache(
@@ -68,15 +77,14 @@ def rope_cache(
     q_out_THR: torch.Tensor,
     positions_T: torch.Tensor,
     slots_T: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    tables: Tables,
     cache: torch.Tensor,
 ) -> None:
     """Write the tokens' cache entries [norm(latent) | rope(key)] and the rotated queries.
 
     ``kv_TX``: down-projected latent and key, BF16 or FP32; ``q_rope_THR`` BF16, a view of the queries; ``q_out_THR``
     BF16, where attention reads them (the same view, or the end of absorbed queries);
-    ``slots_T``: block * block_size + offset, negative for padding; ``cos``, ``sin`` float32 [positions, R / 2].
+    ``slots_T``: block * block_size + offset, negative for padding.
     """
     name = "rope_cache"
     tokens, heads, rope = q_rope_THR.shape
@@ -86,6 +94,7 @@ def rope_cache(
     check(q_out_THR.shape == q_rope_THR.shape, f"room for queries {tuple(q_out_THR.shape)}", name)
     check(len(positions_T) == len(slots_T) == tokens, "one position and one slot per token", name)
     check(positions_T.is_contiguous() and slots_T.is_contiguous(), "positions and slots must be contiguous", name)
+    cos, sin = tables
     contiguous = all(x.stride(-1) == 1 for x in (kv_TX, q_rope_THR, q_out_THR, cache))
     check(contiguous and cos.is_contiguous() and sin.is_contiguous(), "rows must be contiguous", name)
     check(cos.shape[1] == sin.shape[1] == rope // 2, f"tables of {cos.shape[1]} pairs", name)
@@ -112,14 +121,13 @@ def rope_cache_eager(
     q_out_THR: torch.Tensor,
     positions_T: torch.Tensor,
     slots_T: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    tables: Tables,
     cache: torch.Tensor,
 ) -> None:
     """The twin of `rope_cache`."""
     latent = len(weight_C)
     kv_TX = kv_TX.float()
-    cos_TZ, sin_TZ = cos[positions_T.long()], sin[positions_T.long()]
+    cos_TZ, sin_TZ = (table[positions_T.long()] for table in tables)
     q_out_THR.copy_(_rotate_eager(q_rope_THR, cos_TZ[:, None], sin_TZ[:, None]))
     latent_TC = kv_TX[:, :latent]
     normed_TC = latent_TC * torch.rsqrt(latent_TC.square().mean(-1, keepdim=True) + eps) * weight_C.float()

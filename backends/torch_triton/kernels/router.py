@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ....models.routing import route
 from ....models.spec import ModelSpec
+from ..layers import product_f32
 from . import pdl, tiles
 from .chips import check, chip_of, options
 
@@ -26,6 +27,7 @@ MATRIX_T = 16  # the narrow side of the matrix unit: a tile's tokens and zeros
 BLOCK_E = 16
 BLOCK_D = 128
 SPLITS = 8
+LIBRARY_TOKENS = 512  # beyond, a library's product of the logits is faster, and its launch does not count
 MASKED = tl.constexpr(-3e38)  # below every score, above what is taken or padding
 
 
@@ -42,7 +44,8 @@ class Scratch(NamedTuple):
 
 
 def scratch(tokens: int, experts: int, device: torch.device) -> Scratch:
-    """Room for up to ``tokens`` tokens."""
+    """Room for up to ``tokens`` tokens, of which a library's product needs none."""
+    tokens = min(tokens, LIBRARY_TOKENS)
     logits_STE = torch.empty(SPLITS, tokens, experts, dtype=torch.float32, device=device)
     return Scratch(logits_STE, torch.zeros(triton.cdiv(tokens, BLOCK_T), dtype=torch.int32, device=device))
 
@@ -88,48 +91,22 @@ def _scores(logits_TC, valid_C, SIGMOID: tl.constexpr):
     return scores_TC
 
 
-@triton.jit(do_not_specialize=["T"])
-def _route(
-    x_ptr, x_stride, w_ptr, w_stride, bias_ptr, logits_ptr, arrived_ptr, ids_ptr, weights_ptr, scaling, T, D, span,
+@triton.jit
+def _choose(
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, scaling, row_T, T, splits,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr,
     X: tl.constexpr, X_PADDED: tl.constexpr, G_PADDED: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    NORMALISE: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, MATRIX_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    NORMALISE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of E, splits of D, tiles of T. TOKENS: rows of a tile that can be valid."""
-    tile = tl.program_id(2)
-    slot_T = tl.arange(0, MATRIX_T)
-    t_T = tile * BLOCK_T + slot_T
-    valid_T = (slot_T < BLOCK_T) & (t_T < T)
-    e_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    row_E = tl.minimum(e_E, E - 1)
-    pdl.wait(PDL)
-    pdl.release(PDL)
-    acc_ET = tl.zeros((BLOCK_E, MATRIX_T), tl.float32)
-    start = tl.program_id(1) * span
-    end = tl.minimum(start + span, D)
-    for d in tl.range(start, end, BLOCK_D, num_stages=STAGES):
-        d_D = d + tl.arange(0, BLOCK_D)
-        x_mask_TD = valid_T[:, None] & (d_D < end)[None, :]
-        x_TD = tl.load(x_ptr + (t_T * x_stride)[:, None] + d_D[None, :], mask=x_mask_TD, other=0.0)
-        w_mask_ED = tl.broadcast_to((d_D < end)[None, :], (BLOCK_E, BLOCK_D))
-        w_ED = tl.load(w_ptr + (row_E * w_stride)[:, None] + d_D[None, :], mask=w_mask_ED, other=0.0)
-        acc_ET += tl.dot(w_ED, tl.trans(x_TD.to(w_ED.dtype)), input_precision="ieee")
-    split_ptr = logits_ptr + tl.program_id(1) * T * E
-    tl.store(split_ptr + t_T[None, :] * E + e_E[:, None], acc_ET, mask=valid_T[None, :] & (e_E < E)[:, None])
-
-    if not tiles.is_last(arrived_ptr + tile, tl.num_programs(0) * tl.num_programs(1)):
-        return
-
+    """The choices of tokens ``row_T`` from ``splits`` partial logits [S, T, E], added in their order."""
     C: tl.constexpr = G_PADDED * X_PADDED
     c_C = tl.arange(0, C)
     expert_C = c_C // X_PADDED * X + c_C % X_PADDED
     valid_C = (c_C % X_PADDED < X) & (expert_C < E)
-    row_T = tile * BLOCK_T + tl.arange(0, TOKENS)
+    TOKENS: tl.constexpr = row_T.shape[0]
     mask_TC = (row_T < T)[:, None] & valid_C[None, :]
     logits_TC = tl.zeros((TOKENS, C), tl.float32)
-    for split in range(tl.num_programs(1)):
+    for split in range(splits):
         ptrs_TC = logits_ptr + (split * T + row_T)[:, None] * E + expert_C[None, :]
         logits_TC += tl.load(ptrs_TC, mask=mask_TC, other=0.0, cache_modifier=".cg")
 
@@ -164,6 +141,62 @@ def _route(
         tl.store(weights_ptr + row_T * (K + SHARED) + K + j, tl.full((TOKENS,), 1.0, tl.float32), mask=row_T < T)
 
 
+@triton.jit(do_not_specialize=["T"])
+def _route(
+    x_ptr, x_stride, w_ptr, w_stride, bias_ptr, logits_ptr, arrived_ptr, ids_ptr, weights_ptr, scaling, T, D, span,
+    E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr,
+    X: tl.constexpr, X_PADDED: tl.constexpr, G_PADDED: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    NORMALISE: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, MATRIX_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of E, splits of D, tiles of T. TOKENS: rows of a tile that can be valid."""
+    tile = tl.program_id(2)
+    slot_T = tl.arange(0, MATRIX_T)
+    t_T = tile * BLOCK_T + slot_T
+    valid_T = (slot_T < BLOCK_T) & (t_T < T)
+    e_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    row_E = tl.minimum(e_E, E - 1)
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    acc_ET = tl.zeros((BLOCK_E, MATRIX_T), tl.float32)
+    start = tl.program_id(1) * span
+    end = tl.minimum(start + span, D)
+    for d in tl.range(start, end, BLOCK_D, num_stages=STAGES):
+        d_D = d + tl.arange(0, BLOCK_D)
+        x_mask_TD = valid_T[:, None] & (d_D < end)[None, :]
+        x_TD = tl.load(x_ptr + (t_T * x_stride)[:, None] + d_D[None, :], mask=x_mask_TD, other=0.0)
+        w_mask_ED = tl.broadcast_to((d_D < end)[None, :], (BLOCK_E, BLOCK_D))
+        w_ED = tl.load(w_ptr + (row_E * w_stride)[:, None] + d_D[None, :], mask=w_mask_ED, other=0.0)
+        acc_ET += tl.dot(w_ED, tl.trans(x_TD.to(w_ED.dtype)), input_precision="ieee")
+    split_ptr = logits_ptr + tl.program_id(1) * T * E
+    tl.store(split_ptr + t_T[None, :] * E + e_E[:, None], acc_ET, mask=valid_T[None, :] & (e_E < E)[:, None])
+
+    if not tiles.is_last(arrived_ptr + tile, tl.num_programs(0) * tl.num_programs(1)):
+        return
+
+    _choose(
+        logits_ptr, bias_ptr, ids_ptr, weights_ptr, scaling, tile * BLOCK_T + tl.arange(0, TOKENS), T,
+        tl.num_programs(1), E, K, SHARED, SIGMOID, BIAS, X, X_PADDED, G_PADDED, LIMIT, TOP_GROUPS, NORMALISE, SCALE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _choose_of_logits(
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, scaling, T,
+    E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr,
+    X: tl.constexpr, X_PADDED: tl.constexpr, G_PADDED: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    NORMALISE: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of T."""
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    _choose(
+        logits_ptr, bias_ptr, ids_ptr, weights_ptr, scaling, tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), T, 1,
+        E, K, SHARED, SIGMOID, BIAS, X, X_PADDED, G_PADDED, LIMIT, TOP_GROUPS, NORMALISE, SCALE,
+    )  # fmt: skip
+
+
 def choose_experts(
     x_TD: torch.Tensor,
     weight_ED: torch.Tensor,
@@ -184,27 +217,35 @@ def choose_experts(
     check(weight_ED.dtype in (torch.bfloat16, torch.float32), f"weight in {weight_ED.dtype}", name)
     fits = bias_E is None or (bias_E.shape == (experts,) and bias_E.dtype == torch.float32)
     check(fits, "the bias must be float32, one number per expert", name)
-    fits = room.logits_STE.shape[1] >= tokens and room.logits_STE.shape[2] == experts
+    fits = tokens > LIBRARY_TOKENS or (room.logits_STE.shape[1] >= tokens and room.logits_STE.shape[2] == experts)
     check(fits, f"scratch {tuple(room.logits_STE.shape)} for {tokens} tokens", name)
     chip = chip_of(x_TD.device)
     out = Choice(
         torch.empty(tokens, choices + shared, dtype=torch.int32, device=x_TD.device),
         torch.empty(tokens, choices + shared, dtype=torch.float32, device=x_TD.device),
     )
-    span = triton.cdiv(triton.cdiv(hidden, BLOCK_D), SPLITS) * BLOCK_D
     limit = groups > 1 and spec.topk_method != "greedy"
     per_group = experts // groups if limit else experts
-    rows = min(BLOCK_T, triton.next_power_of_2(tokens))
     normalise = spec.norm_topk_prob and (choices > 1 or spec.scales_normalised_weights)
+    rules = {
+        "E": experts, "K": choices, "SHARED": shared, "SIGMOID": spec.scoring_func == "sigmoid",
+        "BIAS": bias_E is not None, "X": per_group, "X_PADDED": triton.next_power_of_2(per_group),
+        "G_PADDED": triton.next_power_of_2(groups) if limit else 1, "LIMIT": limit, "TOP_GROUPS": spec.topk_group,
+        "NORMALISE": normalise, "SCALE": not normalise or spec.scales_normalised_weights,
+        "PDL": chip.dependent_launch,
+    }  # fmt: skip
+    if tokens > LIBRARY_TOKENS:
+        logits_TE = product_f32(x_TD, weight_ED)
+        _choose_of_logits[(triton.cdiv(tokens, BLOCK_T),)](
+            logits_TE, bias_E, *out, spec.routed_scaling_factor, tokens, **rules, TOKENS=BLOCK_T, **options(chip, 4)
+        )
+        return out
+    span = triton.cdiv(triton.cdiv(hidden, BLOCK_D), SPLITS) * BLOCK_D
     _route[(triton.cdiv(experts, BLOCK_E), triton.cdiv(hidden, span), triton.cdiv(tokens, BLOCK_T))](
         x_TD, x_TD.stride(0), weight_ED, weight_ED.stride(0), bias_E, room.logits_STE, room.arrived, *out,
-        spec.routed_scaling_factor, tokens, hidden, span,
-        E=experts, K=choices, SHARED=shared, SIGMOID=spec.scoring_func == "sigmoid", BIAS=bias_E is not None,
-        X=per_group, X_PADDED=triton.next_power_of_2(per_group),
-        G_PADDED=triton.next_power_of_2(groups) if limit else 1, LIMIT=limit, TOP_GROUPS=spec.topk_group,
-        NORMALISE=normalise, SCALE=not normalise or spec.scales_normalised_weights,
-        TOKENS=rows, BLOCK_T=BLOCK_T, MATRIX_T=MATRIX_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D,
-        STAGES=4 if chip.shared_memory >= 160 << 10 else 2, PDL=chip.dependent_launch, **options(chip, 4),
+        spec.routed_scaling_factor, tokens, hidden, span, **rules, TOKENS=min(BLOCK_T, triton.next_power_of_2(tokens)),
+        BLOCK_T=BLOCK_T, MATRIX_T=MATRIX_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D,
+        STAGES=4 if chip.shared_memory >= 160 << 10 else 2, **options(chip, 4),
     )  # fmt: skip
     return out
 

@@ -1,0 +1,144 @@
+"""A few tokens' way into the space of latents: one launch before decode attention where three would do the same.
+
+Queries are multiplied by the keys' half of kv_b, which is read before waiting for what is ahead; their other part is
+rotated; and the tokens' cache entries are written. Of many tokens a library's products are faster.
+
+Shape letters: T tokens, H heads, N nope dim, C latent (kv_lora_rank), R rope dim, X = C + R, Z = R / 2 pairs, J columns
+of a tile of C.
+Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import pdl
+from .chips import check, chip_of, options
+from .rope_cache import Tables, rope_cache_eager, rotated
+
+FEW_TOKENS = 8
+_SPLITS = 2  # programs of a head
+
+
+@triton.jit
+def _absorb(
+    q_ptr, q_stride_t, q_stride_h, k_b_ptr, k_b_stride_h, k_b_stride_n, out_ptr, out_stride_t, out_stride_h,
+    kv_ptr, kv_stride, weight_ptr, eps, position_ptr, slot_ptr, cos_ptr, sin_ptr, cache_ptr, cache_stride_block,
+    cache_stride_token, T, H, N, C, R, SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Z: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: SPLITS programs of each head, then one for the keys; tiles of T."""
+    t_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    valid_T = t_T < T
+    z_Z = tl.arange(0, BLOCK_Z)
+    h = tl.program_id(0) // SPLITS
+    if h < H:
+        n_N = tl.arange(0, BLOCK_N)
+        j_J = tl.program_id(0) % SPLITS * BLOCK_J + tl.arange(0, BLOCK_J)
+        k_b_ptrs_NJ = k_b_ptr + h * k_b_stride_h + (n_N * k_b_stride_n)[:, None] + j_J[None, :]
+        k_b_NJ = tl.load(k_b_ptrs_NJ, mask=(n_N < N)[:, None] & (j_J < C)[None, :], other=0.0)
+        pdl.wait(PDL)
+        pdl.release(PDL)
+        q_ptrs_T = q_ptr + t_T.to(tl.int64) * q_stride_t + h * q_stride_h
+        q_TN = tl.load(q_ptrs_T[:, None] + n_N[None, :], mask=valid_T[:, None] & (n_N < N)[None, :], other=0.0)
+        out_ptrs_T = out_ptr + t_T.to(tl.int64) * out_stride_t + h * out_stride_h
+        latent_TJ = tl.dot(q_TN, k_b_NJ)
+        tl.store(out_ptrs_T[:, None] + j_J[None, :], latent_TJ, mask=valid_T[:, None] & (j_J < C)[None, :])
+        if tl.program_id(0) % SPLITS == 0:
+            cos_TZ, sin_TZ = _angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, z_Z, R)
+            r_Z2 = 2 * z_Z[:, None] + tl.arange(0, 2)[None, :]
+            mask_TZ2 = valid_T[:, None, None] & (r_Z2 < R)[None, :, :]
+            q_TZ2 = tl.load(q_ptrs_T[:, None, None] + N + r_Z2[None, :, :], mask=mask_TZ2, other=0.0)
+            rotated_TZ2 = rotated(q_TZ2, cos_TZ, sin_TZ)
+            tl.store(out_ptrs_T[:, None, None] + C + r_Z2[None, :, :], rotated_TZ2, mask=mask_TZ2)
+    else:
+        c_C = tl.arange(0, BLOCK_C)
+        weight_C = tl.load(weight_ptr + c_C, mask=c_C < C, other=0.0).to(tl.float32)
+        pdl.wait(PDL)
+        pdl.release(PDL)
+        slot_T = tl.load(slot_ptr + t_T, mask=valid_T, other=-1).to(tl.int64)
+        written_T = slot_T >= 0
+        entry_ptrs_T = cache_ptr + slot_T // PAGE * cache_stride_block + slot_T % PAGE * cache_stride_token
+        kv_ptrs_T = kv_ptr + t_T.to(tl.int64) * kv_stride
+        mask_TC = written_T[:, None] & (c_C < C)[None, :]
+        latent_TC = tl.load(kv_ptrs_T[:, None] + c_C[None, :], mask=mask_TC, other=0.0).to(tl.float32)
+        scale_T = tl.rsqrt(tl.sum(latent_TC * latent_TC, 1) / C + eps)
+        tl.store(entry_ptrs_T[:, None] + c_C[None, :], latent_TC * scale_T[:, None] * weight_C[None, :], mask=mask_TC)
+        cos_TZ, sin_TZ = _angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, z_Z, R)
+        r_Z2 = 2 * z_Z[:, None] + tl.arange(0, 2)[None, :]
+        mask_TZ2 = written_T[:, None, None] & (r_Z2 < R)[None, :, :]
+        key_TZ2 = tl.load(kv_ptrs_T[:, None, None] + C + r_Z2[None, :, :], mask=mask_TZ2, other=0.0)
+        rotated_TZ2 = rotated(key_TZ2, cos_TZ, sin_TZ)
+        tl.store(entry_ptrs_T[:, None, None] + C + r_Z2[None, :, :], rotated_TZ2, mask=mask_TZ2)
+
+
+@triton.jit
+def _angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, z_Z, R):
+    position_T = tl.load(position_ptr + t_T, mask=valid_T, other=0).to(tl.int64)
+    place_TZ = (position_T * (R // 2))[:, None] + z_Z[None, :]
+    mask_TZ = valid_T[:, None] & (z_Z < R // 2)[None, :]
+    return tl.load(cos_ptr + place_TZ, mask=mask_TZ, other=0.0), tl.load(sin_ptr + place_TZ, mask=mask_TZ, other=0.0)
+
+
+def absorb(
+    q_THY: torch.Tensor,
+    k_b_HNC: torch.Tensor,
+    kv_TX: torch.Tensor,
+    weight_C: torch.Tensor,
+    eps: float,
+    positions_T: torch.Tensor,
+    slots_T: torch.Tensor,
+    tables: Tables,
+    cache: torch.Tensor,
+) -> torch.Tensor:
+    """Queries for `mla_decode`, BF16 [T, H, C + R], from unrotated ones [T, H, N + R]; and the tokens' cache entries.
+
+    ``k_b_HNC``: the keys' rows of kv_b; ``kv_TX``, ``weight_C``, ``eps``, ``positions_T``, ``slots_T`` and ``cache`` as
+    in `rope_cache`.
+    """
+    name = "absorb"
+    tokens, heads, width = q_THY.shape
+    nope, latent = k_b_HNC.shape[1:]
+    rope = width - nope
+    check(len(k_b_HNC) == heads and len(weight_C) == latent, f"kv_b {tuple(k_b_HNC.shape)}", name)
+    check(kv_TX.shape == (tokens, latent + rope), f"keys {tuple(kv_TX.shape)}", name)
+    check(cache.dim() == 3 and cache.shape[2] == latent + rope, f"cache {tuple(cache.shape)}", name)
+    check(len(positions_T) == len(slots_T) == tokens, "one position and one slot per token", name)
+    contiguous = all(x.stride(-1) == 1 for x in (q_THY, k_b_HNC, kv_TX, cache, positions_T, slots_T))
+    check(contiguous and tables.cos.is_contiguous() and tables.sin.is_contiguous(), "rows must be contiguous", name)
+    check(tables.cos.shape[1] == rope // 2, f"tables of {tables.cos.shape[1]} pairs", name)
+    chip = chip_of(cache.device)
+    out = torch.empty(tokens, heads, latent + rope, dtype=torch.bfloat16, device=cache.device)
+    block_t = 16
+    block_c = triton.next_power_of_2(latent)
+    splits = max(1, min(_SPLITS, block_c // 16))
+    _absorb[(heads * splits + 1, triton.cdiv(tokens, block_t))](
+        q_THY, *q_THY.stride()[:2], k_b_HNC, *k_b_HNC.stride()[:2], out, *out.stride()[:2], kv_TX, kv_TX.stride(0),
+        weight_C, eps, positions_T, slots_T, *tables, cache, *cache.stride()[:2], tokens, heads, nope, latent, rope,
+        SPLITS=splits, PAGE=cache.shape[1], BLOCK_T=block_t, BLOCK_N=max(16, triton.next_power_of_2(nope)),
+        BLOCK_J=max(16, block_c // splits), BLOCK_C=block_c, BLOCK_Z=triton.next_power_of_2(rope // 2),
+        PDL=chip.dependent_launch, **options(chip, 8),
+    )  # fmt: skip
+    return out
+
+
+def absorb_eager(
+    q_THY: torch.Tensor,
+    k_b_HNC: torch.Tensor,
+    kv_TX: torch.Tensor,
+    weight_C: torch.Tensor,
+    eps: float,
+    positions_T: torch.Tensor,
+    slots_T: torch.Tensor,
+    tables: Tables,
+    cache: torch.Tensor,
+) -> torch.Tensor:
+    """The twin of `absorb`."""
+    nope, latent = k_b_HNC.shape[1:]
+    latents_THC = torch.einsum("thn,hnc->thc", q_THY[:, :, :nope].float(), k_b_HNC.float())
+    out = torch.cat([latents_THC.bfloat16(), q_THY[:, :, nope:]], dim=2)
+    q_rope_THR = q_THY[:, :, nope:]
+    rope_cache_eager(kv_TX, weight_C, eps, q_rope_THR, out[:, :, latent:], positions_T, slots_T, tables, cache)
+    return out
