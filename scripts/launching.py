@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..configs.schema import Launch
+from ..configs.schema import Launch, RunConfig
 from ..models.errors import DeepspanError, InputError
+from ..models.sharding import Grid
 from .worker import LOG_NAME, LOGS, PROCESS_LINE, RESULTS
 
 _WORKER = ("-m", "deepspan.scripts.worker")
@@ -24,6 +25,18 @@ _GRACE_SECONDS = 10  # for a launcher to end the other workers itself
 _FAILED = re.compile(r"Worker process (\d+) exit with exception|exitcode: -?\d+\).*?\(pid: (\d+)\)")
 _PROCESS = re.compile(re.escape(PROCESS_LINE).replace(r"\{rank\}", r"(\d+)").replace(r"\{pid\}", r"(\d+)"))
 _FRAMEWORK_LINE = re.compile(r"\[(INFO|WARNING)\] \w+\(|rank \S+ is process ")
+
+
+def check_ranks(run: RunConfig) -> Grid:
+    """The run's degrees of parallelism, which must be as many ranks as its launcher starts processes."""
+    grid, launch = Grid(**run.parallel.model_dump()), run.launch
+    if launch.launcher != "none" and launch.nodes * launch.procs_per_node != grid.world_size:
+        raise InputError(
+            f"{launch.nodes} nodes of {launch.procs_per_node} processes for {grid.world_size} ranks",
+            "launch",
+            "make nodes x procs_per_node equal tp x dp x pp",
+        )
+    return grid
 
 
 @dataclass(frozen=True)

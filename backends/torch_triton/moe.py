@@ -2,8 +2,8 @@
 
 Each rank runs the experts, or the parts of experts, that it holds, on the tokens of all data-parallel replicas.
 
-Shape letters: T tokens, S tokens of all replicas, D hidden, E experts, G expert groups, K experts a token, R rows
-(token and chosen expert that this rank holds).
+Shape letters: T tokens, S tokens of all replicas, D hidden, E experts, G expert groups, K experts a token, N = S K
+choices, R those of experts that this rank holds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class MoE:
         mesh = source.mesh
         self._replicas = mesh.dp
         self.router = Router(spec, source, f"{prefix}.gate")
-        count = spec.n_routed_experts // mesh.grid.ep
+        self._total = spec.n_routed_experts
+        count = self._total // mesh.grid.ep
         self._first = count * mesh.position.expert_group
         self.experts = [SwiGLU(source, f"{prefix}.experts.{self._first + expert}") for expert in range(count)]
         self.shared = SwiGLU(source, f"{prefix}.shared_experts") if spec.n_shared_experts else None
@@ -78,20 +79,20 @@ class MoE:
 
     def _routed(self, x_SD: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
         """Rows are sorted by expert; each expert that was chosen multiplies its rows, whose sum is taken at the end."""
-        here_SK = (index_SK >= self._first) & (index_SK < self._first + len(self.experts))
-        expert_R, token_R = index_SK[here_SK] - self._first, here_SK.nonzero()[:, 0]
-        if not len(expert_R):
+        order_N = index_SK.flatten().argsort(stable=True)
+        counts_E = torch.bincount(index_SK.flatten(), minlength=self._total).tolist()
+        counts_here = counts_E[self._first : self._first + len(self.experts)]
+        chosen = [(expert, count) for expert, count in zip(self.experts, counts_here, strict=True) if count]
+        if not chosen:
             return x_SD.new_zeros(x_SD.shape, dtype=torch.float32)
-        order_R = expert_R.argsort(stable=True)
-        counts_E = torch.bincount(expert_R, minlength=len(self.experts)).tolist()
-        chosen = [(expert, count) for expert, count in zip(self.experts, counts_E, strict=True) if count]
         counts = [count for _, count in chosen]
-        rows = x_SD[token_R[order_R]].split(counts)
+        before = sum(counts_E[: self._first])
+        order_R = order_N[before : before + sum(counts)]
+        rows = x_SD[order_R // index_SK.shape[1]].split(counts)
         hidden = gated(torch.cat([expert.gate_up(x) for (expert, _), x in zip(chosen, rows, strict=True)])).split(
             counts
         )
-        y_RD = torch.cat([expert.down(x) for (expert, _), x in zip(chosen, hidden, strict=True)])
-        row_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R)))
-        count_S = here_SK.sum(dim=1)
-        starts_S = count_S.cumsum(dim=0) - count_S
-        return F.embedding_bag(row_R, y_RD.float(), starts_S, per_sample_weights=weight_SK[here_SK], mode="sum")
+        results = [expert.down(x) for (expert, _), x in zip(chosen, hidden, strict=True)]
+        y_RD = torch.cat([*results, x_SD.new_zeros(1, x_SD.shape[1])])  # the last row is that of experts elsewhere
+        row_N = torch.full_like(order_N, len(order_R)).scatter_(0, order_R, torch.arange(len(order_R)))
+        return F.embedding_bag(row_N.view_as(index_SK), y_RD.float(), per_sample_weights=weight_SK, mode="sum")

@@ -6,9 +6,11 @@ import argparse
 import shlex
 
 from ...models.errors import InputError
-from ..launching import Node, run_node
+from ...models.sharding import check_divides
+from ..launching import Node, check_ranks, run_node
 from ..options import add_run
 from ..runtime import read_run
+from .plan import planned_spec
 
 DEFAULT_COMMAND = "serve"
 
@@ -25,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    launch = read_run(options.run_name, options.overrides).launch
+    config = read_run(options.run_name, options.overrides)
+    check_divides(planned_spec(config), check_ranks(config))
+    launch = config.launch
     if options.master_addr:
         launch = launch.model_copy(update={"master_addr": options.master_addr})
     if options.node_rank is None and launch.nodes > 1:

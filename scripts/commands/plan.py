@@ -14,6 +14,7 @@ from ...models.catalog import load_spec
 from ...models.errors import InputError
 from ...models.sharding import Grid
 from ...models.spec import ModelSpec
+from ..launching import check_ranks
 from ..options import add_run
 from ..runtime import model_spec, note, read_run
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = read_run(options.run_name, options.overrides)
-    spec = _spec(config)
+    spec = planned_spec(config)
     deployment = Deployment.of(config, spec)
     stages = list(
         plan_stages(
@@ -51,14 +52,7 @@ class Deployment:
 
     @classmethod
     def of(cls, config: RunConfig, spec: ModelSpec) -> Deployment:
-        grid = Grid(**config.parallel.model_dump())
-        launch = config.launch
-        if launch.launcher != "none" and launch.nodes * launch.procs_per_node != grid.world_size:
-            raise InputError(
-                f"{launch.nodes} nodes of {launch.procs_per_node} processes for {grid.world_size} ranks",
-                "launch",
-                "make nodes x procs_per_node equal tp x dp x pp",
-            )
+        grid = check_ranks(config)
         weights = (
             config.dtype if config.dtype != "auto" else "fp8" if spec.fp8 and config.device != "ascend" else "bf16"
         )
@@ -70,7 +64,8 @@ class Deployment:
         return cls(grid, Precision(weights, cache), budget)
 
 
-def _spec(config: RunConfig) -> ModelSpec:
+def planned_spec(config: RunConfig) -> ModelSpec:
+    """The model of a run whose checkpoint may not be there yet."""
     model = config.model
     if model.path and not Path(model.path).exists() and model.spec:
         note(f"{model.path} is not there; planned from the spec {model.spec}")

@@ -15,7 +15,7 @@ from deepspan.scripts.launching import Node, run_node
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
-model: {spec: demo}
+model: {spec: deepseek_v3, weights: random}
 backend: mindspore_ascend
 parallel: {tp: 32}
 launch: {launcher: LAUNCHER, nodes: 4, procs_per_node: 8, master_addr: 192.0.2.1, master_port: 8888, timeout: 90,
@@ -64,6 +64,12 @@ def test_torchrun(run_file, capsys):
         ("none", ["--node-rank", "0"], "this run has no launcher"),
         ("msrun", [], "one of 4 nodes: --node-rank"),
         ("msrun", ["--node-rank", "4"], "node rank 4 of 4 nodes"),
+        ("torchrun", ["--node-rank=0", "--set=parallel.tp=16"], "4 nodes of 8 processes for 16 ranks: launch"),
+        (
+            "torchrun",
+            ["--node-rank=0", "--set=parallel.tp=3", "--set=launch.nodes=1", "--set=launch.procs_per_node=3"],
+            "parallel.tp = 3 does not divide num_attention_heads = 128",
+        ),
     ],
 )
 def test_wrong_use(run_file, capsys, launcher, flags, message):

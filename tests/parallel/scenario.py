@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepspan import backends
-from deepspan.backends.base import StepBatch
+from deepspan.backends.base import Sampling, StepBatch
 from deepspan.backends.leading import Leader, follow
 from deepspan.configs.schema import RunConfig
 from deepspan.models.sums import held_out_sums
 from deepspan.scripts.runtime import open_run
-from deepspan.serving.batch import complete, greedy_sampling
+from deepspan.serving.batch import complete
 from tests.specs import V2, make, random_weights
 
 BLOCK, WIDTH, SEQUENCES = 4, 8, 8
@@ -95,7 +95,7 @@ def step_of(spec, pieces):
         num_outputs_B=np.array(
             [0 if sequence == 6 else min(2, new) for sequence, (_, new) in pieces.items()], np.int32
         ),
-        sampling=greedy_sampling(len(pieces)),
+        sampling=sampling_of(list(pieces)),
         return_logits=True,
         draft=spec.num_nextn_predict_layers > 0,
         next_token_ids_B=np.arange(len(pieces), dtype=np.int32),
@@ -105,6 +105,17 @@ def step_of(spec, pieces):
 def table(sequence):
     """A sequence's blocks, then entries that nobody reads, which make a step longer than its first message."""
     return np.append(np.arange(WIDTH) + WIDTH * sequence, np.full(1000, -1)).astype(np.int32)
+
+
+def sampling_of(sequences):
+    """Greedy for sequence 0, draws of all kinds for others."""
+    drawn = np.array(sequences)
+    return Sampling(
+        temperature_B=(0.3 * drawn).astype(np.float32),
+        top_k_B=np.where(drawn == 1, 7, 0).astype(np.int32),
+        top_p_B=np.where(drawn == 5, 0.8, 1).astype(np.float32),
+        seed_B=(2**32 - 1 - drawn).astype(np.uint32),
+    )
 
 
 def answers(run, tokens=12):
