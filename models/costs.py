@@ -16,8 +16,12 @@ def distinct_experts(spec: ModelSpec, tokens: int) -> float:
     return spec.n_routed_experts * (1 - missed**tokens)
 
 
-def decode_bytes(spec: ModelSpec, batch: int, context: int, dtype: str, kv_dtype: str) -> int:
+def decode_bytes(
+    spec: ModelSpec, batch: int, context: int, dtype: str, kv_dtype: str, experts: float | None = None
+) -> int:
     """Bytes that a decode step of ``batch`` sequences reads: the weights that it uses once, and each one's cache.
+
+    ``experts``: the distinct routed experts of a layer that the step uses, on average; None: as even routing would.
 
     ``dtype`` and ``kv_dtype`` say how linear weights and cache are held. Everything else is read in BF16, or in FP32
     where the linear weights are. MTP layers are not run.
@@ -26,15 +30,15 @@ def decode_bytes(spec: ModelSpec, batch: int, context: int, dtype: str, kv_dtype
     total = 0.0
     for param in parameters(spec, mtp=False):
         width = LINEAR_BYTES[dtype] if param.quantised else plain
-        total += width * _values_read(spec, param, batch)
+        total += width * _values_read(spec, param, batch, distinct_experts(spec, batch) if experts is None else experts)
     return round(total) + batch * context * kv_bytes_per_token(spec, CACHE_BYTES[kv_dtype])
 
 
-def _values_read(spec: ModelSpec, param: Param, batch: int) -> float:
+def _values_read(spec: ModelSpec, param: Param, batch: int, experts: float) -> float:
     if param.group == "embedding":
         return batch * spec.hidden_size
     if param.group == "expert":
-        return param.size * distinct_experts(spec, batch) / spec.n_routed_experts
+        return param.size * experts / spec.n_routed_experts
     return param.size
 
 

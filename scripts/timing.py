@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from ..backends.base import IntArray, Runner, StepBatch
+from ..backends.base import CountsExperts, IntArray, Runner, StepBatch
 from ..serving.batch import greedy_sampling
 
 _WARM_UP_STEPS = 2  # the first steps compile, allocate and touch memory
@@ -50,27 +50,37 @@ class Timer:
             start = time.perf_counter()
             # Warm-up steps write the slots that the first timed step writes again.
             position = context + max(0, number - _WARM_UP_STEPS)
-            next_ids_B = self._step(next_ids_B[:, None], position, outputs=1)
+            next_ids_B = self._step(next_ids_B[:, None], 0, position, outputs=1)
             times.append(time.perf_counter() - start)
         return statistics.median(times[_WARM_UP_STEPS:])
 
+    def experts_hit(self) -> float | None:
+        """Distinct routed experts a layer of the last step, if the runner can tell."""
+        if not isinstance(self._runner, CountsExperts):
+            return None
+        hit = self._runner.experts_hit(self._last)
+        return statistics.mean(hit) if hit else None
+
     def _fill(self, sequences: int, tokens: int) -> float:
-        """Feed the prompts in chunks of at most ``tokens_per_step`` tokens over all sequences."""
-        chunk = max(1, self._tokens_per_step // sequences)
+        """Feed the prompts, as many whole ones in a step as ``tokens_per_step`` allows, or chunks of a longer one."""
+        together, chunk = max(1, self._tokens_per_step // tokens), min(tokens, self._tokens_per_step)
         start = time.perf_counter()
-        for first in range(0, tokens, chunk):
-            last = min(first + chunk, tokens)
-            self._step(self._tokens_BT[:sequences, first:last], first, outputs=int(last == tokens))
+        for sequence in range(0, sequences, together):
+            rows = slice(sequence, min(sequence + together, sequences))
+            for first in range(0, tokens, chunk):
+                last = min(first + chunk, tokens)
+                self._step(self._tokens_BT[rows, first:last], sequence, first, outputs=int(last == tokens))
         return time.perf_counter() - start
 
-    def _step(self, tokens_BT: IntArray, position: int, outputs: int) -> IntArray:
+    def _step(self, tokens_BT: IntArray, sequence: int, position: int, outputs: int) -> IntArray:
+        """One step of the sequences from ``sequence`` on."""
         count, length = tokens_BT.shape
-        batch = StepBatch(
+        self._last = StepBatch(
             token_ids_T=np.ascontiguousarray(tokens_BT).reshape(-1),
             query_lens_B=np.full(count, length, np.int32),
             context_lens_B=np.full(count, position, np.int32),
-            block_tables_BM=self._tables_BM[:count],
+            block_tables_BM=self._tables_BM[sequence : sequence + count],
             num_outputs_B=np.full(count, outputs, np.int32),
             sampling=greedy_sampling(count),
         )
-        return self._runner.step(batch).token_ids_O
+        return self._runner.step(self._last).token_ids_O

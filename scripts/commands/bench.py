@@ -49,13 +49,16 @@ def run(options: argparse.Namespace) -> int:
 def _decode_rows(
     session: Session, timer: Timer, bandwidth: float, batches: Sequence[int], context: int, steps: int
 ) -> Iterator[Row]:
-    """Bytes count the weights of the experts that even routing would choose; see `models.costs`."""
+    """Bytes count the weights of the experts that a step used, or, where that is unknown, as even routing would."""
+    spec, runner = session.spec, session.runner
     for batch in batches:
         seconds = timer.decode(batch, context, steps)
-        read = decode_bytes(session.spec, batch, context, session.runner.dtype, session.runner.kv_dtype)
+        hit = timer.experts_hit()
+        read = decode_bytes(spec, batch, context, runner.dtype, runner.kv_dtype, hit)
         yield {
             "batch": batch,
             "context": context,
+            **({} if hit is None else {"experts_hit": hit}),
             "decode_ms": 1e3 * seconds,
             "decode_tokens_per_s": batch / seconds,
             "bytes_per_step": read,

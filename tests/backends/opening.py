@@ -55,11 +55,11 @@ def loaded(spec, weights, **options):
     return runner
 
 
-def step(runner, pieces, sampling: Sampling | None = None, **options):
-    """One step: ``pieces`` are (sequence, context, new token ids); logits at every new position."""
+def step_batch(pieces, sampling: Sampling | None = None, **options):
+    """``pieces`` are (sequence, context, new token ids); logits at every new position."""
     counts = np.array([len(tokens) for _, _, tokens in pieces], np.int32)
     tables = [np.arange(WIDTH, dtype=np.int32) + WIDTH * sequence for sequence, _, _ in pieces]
-    batch = StepBatch(
+    return StepBatch(
         token_ids_T=np.concatenate([tokens for _, _, tokens in pieces]).astype(np.int32),
         query_lens_B=counts,
         context_lens_B=np.array([context for _, context, _ in pieces], np.int32),
@@ -69,7 +69,11 @@ def step(runner, pieces, sampling: Sampling | None = None, **options):
         return_logits=True,
         **options,
     )
-    return runner.step(batch)
+
+
+def step(runner, pieces, sampling: Sampling | None = None, **options):
+    """One step of what `step_batch` makes."""
+    return runner.step(step_batch(pieces, sampling, **options))
 
 
 def logits_of(runner, tokens, pieces, sequence=0):

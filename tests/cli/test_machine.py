@@ -82,13 +82,22 @@ def test_the_steps_that_are_timed_are_those_of_the_size_asked_for():
     runner = ToyRunner(kv_blocks=12, block_size=4)
     timer = Timer(runner, VOCAB, max_batch=3, max_tokens=14, tokens_per_step=8)
     assert timer.decode(2, 10, 4) > 0
-    fill, decode = runner.steps[:3], runner.steps[3:]
-    assert [step.query_lens_B.tolist() for step in fill] == [[4, 4], [4, 4], [2, 2]]
-    assert [step.num_outputs_B.tolist() for step in fill] == [[0, 0], [0, 0], [1, 1]]
+    fill, decode = runner.steps[:4], runner.steps[4:]
+    assert [step.query_lens_B.tolist() for step in fill] == [[8], [2], [8], [2]]
+    assert [step.num_outputs_B.tolist() for step in fill] == [[0], [1], [0], [1]]
     assert [step.context_lens_B.tolist() for step in decode[2:]] == [[context] * 2 for context in (10, 11, 12, 13)]
     assert all(step.query_lens_B.tolist() == [1, 1] for step in decode)
     for before, after in pairwise(decode):
         assert (after.token_ids_T != before.token_ids_T).any()
+
+
+def test_prompts_are_fed_whole_and_together_where_they_fit():
+    runner = ToyRunner(kv_blocks=12, block_size=4)
+    timer = Timer(runner, VOCAB, max_batch=3, max_tokens=4, tokens_per_step=8)
+    assert timer.prefill(3, 4) > 0
+    assert [step.query_lens_B.tolist() for step in runner.steps[:2]] == [[4, 4], [4]]
+    first, second = runner.steps[:2]
+    assert not set(first.block_tables_BM.flatten()) & set(second.block_tables_BM.flatten())
 
 
 def test_doctor_tells_of_every_backend(deepspan):

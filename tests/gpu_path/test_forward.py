@@ -7,10 +7,19 @@ experts differ differs by as much as it likes.
 import numpy as np
 import pytest
 
+from deepspan.backends.base import CountsExperts
 from deepspan.models.params import parameters
 from deepspan.models.quant import dequant_fp8_blocks
 from deepspan.models.quantise import quantise_fp8_blocks
-from tests.backends.opening import BF16, DictWeights, logits_of, median_token_difference, random_tokens, step
+from tests.backends.opening import (
+    BF16,
+    DictWeights,
+    logits_of,
+    median_token_difference,
+    random_tokens,
+    step,
+    step_batch,
+)
 from tests.backends.opening import loaded as loaded_on_cpu
 from tests.gpu_path import twins
 from tests.gpu_path.opening import SPECS, loaded
@@ -94,3 +103,17 @@ def test_drafts_follow_those_of_the_cpu():
     assert same.mean() > 0.7
     assert median_token_difference(got.draft_logits_OV[same], wanted.draft_logits_OV[same]) <= BF16
     assert got.draft_token_ids_O.tolist() == got.draft_logits_OV.argmax(axis=1).tolist()
+
+
+def test_experts_that_a_step_uses_are_counted():
+    spec, values = SPECS["v3"], random_weights(SPECS["v3"])
+    for name in values:
+        if name.endswith("mlp.gate.weight"):
+            values[name] *= 0  # all choose alike: those of the largest biases
+    runner = loaded(spec, values, "bf16")
+    tokens = random_tokens(spec, 5)
+    batch = step_batch([(0, 0, tokens)])
+    assert isinstance(runner, CountsExperts)
+    assert runner.experts_hit(batch) == [spec.num_experts_per_tok] * (
+        spec.num_hidden_layers - spec.first_k_dense_replace
+    )

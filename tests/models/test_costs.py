@@ -21,6 +21,13 @@ def test_a_decode_step_of_five_layers_of_v3_in_fp8_reads_4_78_gigabytes():
     assert decode_bytes(SLICE, 1, 0, "fp8", "bf16") == pytest.approx(4.78e9, rel=0.005)
 
 
+def test_experts_that_were_counted_take_the_place_of_even_routing():
+    even = decode_bytes(SLICE, 8, 0, "fp8", "bf16")
+    assert decode_bytes(SLICE, 8, 0, "fp8", "bf16", distinct_experts(SLICE, 8)) == even
+    one_more = decode_bytes(SLICE, 8, 0, "fp8", "bf16", distinct_experts(SLICE, 8) + 1) - even
+    assert one_more == pytest.approx(4 * 3 * 2048 * 7168, rel=1e-3)
+
+
 def test_every_sequence_reads_its_own_latents():
     alone = decode_bytes(SLICE, 1, 0, "bf16", "bf16")
     assert decode_bytes(SLICE, 1, 1000, "bf16", "bf16") - alone == 5 * 1152 * 1000

@@ -63,6 +63,17 @@ class Model:
         """float32 [T, V]."""
         return product_f32(_plain(self._norm(*stream)), self._head_VD)
 
+    def routed(self, step: Step) -> list[Tensor]:
+        """The experts, int32 [T, K + shared], that each MoE layer chooses in a step, which is run for this."""
+        layers = [block.mlp for block in self._blocks if isinstance(block.mlp, MoE)]
+        for layer in layers:
+            layer.choices = []
+        self.hidden(step)
+        found = [layer.choices[0] for layer in layers if layer.choices]
+        for layer in layers:
+            layer.choices = None
+        return found
+
     def draft_logits(self, stream: Stream, next_ids_T: Tensor, rows_O: Tensor, step: Step) -> Tensor:
         """float32 [O, V] for the token after the next of rows ``rows_O``; the MTP layer's cache gets all T."""
         assert self._mtp is not None, "the runner refuses drafts without an MTP layer"
@@ -81,13 +92,13 @@ class Block:
         self._input_norm = loader.norm(f"{prefix}.input_layernorm.weight", eps)
         self._attention = Attention(loader.spec, loader.projections(f"{prefix}.self_attn"), rope)
         self._mlp_norm = loader.norm(f"{prefix}.post_attention_layernorm.weight", eps, plain=is_moe)
-        self._mlp = MoE(loader, f"{prefix}.mlp", room) if is_moe else SwiGLU(loader, f"{prefix}.mlp")
+        self.mlp = MoE(loader, f"{prefix}.mlp", room) if is_moe else SwiGLU(loader, f"{prefix}.mlp")
 
     def __call__(self, stream: Stream, step: Step, cache_CZX: Tensor) -> Stream:
         normed = self._input_norm(*stream)
         branch_TD = self._attention(operand(normed), step, cache_CZX)
         normed = self._mlp_norm(branch_TD, normed.residual)
-        return Stream(self._mlp(normed), normed.residual)
+        return Stream(self.mlp(normed), normed.residual)
 
 
 class SwiGLU:
@@ -103,6 +114,8 @@ class SwiGLU:
 
 
 class MoE:
+    choices: list[Tensor] | None = None  # where there is one, what the router chose goes there
+
     def __init__(self, loader: Loader, prefix: str, room: Scratch):
         spec, source = loader.spec, loader.source
         self._spec = spec
@@ -116,6 +129,8 @@ class MoE:
         """FP32 [T, P, D], to be added."""
         shared = self._spec.n_shared_experts
         choice = choose_experts(_plain(normed), self._gate_ED, self._bias_E, self._spec, self._room, shared)
+        if self.choices is not None:
+            self.choices.append(choice.ids)
         return self._experts(operand(normed), choice)
 
 

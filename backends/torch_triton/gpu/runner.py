@@ -18,7 +18,7 @@ from ...base import StepBatch, StepResult, Weights, next_tokens, output_rows
 from ...limits import check_supported
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
 from .graphs import DecodeSteps
-from .inputs import mixed_step, same_queries, sampling_numbers
+from .inputs import Step, mixed_step, same_queries, sampling_numbers
 from .loader import Loader
 from .model import Model
 from .room import blocks_that_fit, check_weights_fit
@@ -74,15 +74,21 @@ class GpuRunner:
         count = len(batch.token_ids_T)
         return StepResult(token_ids_O[:count].copy(), logits_OV[:count].cpu().numpy() if batch.return_logits else None)
 
+    @torch.inference_mode()
+    def experts_hit(self, batch: StepBatch) -> list[int]:
+        """See `base.CountsExperts`."""
+        assert self._model is not None, "closed"
+        step = self._mixed_step(batch)
+        tokens, experts = len(batch.token_ids_T), self.spec.num_experts_per_tok
+        return [len(ids_TP[:tokens, :experts].unique()) for ids_TP in self._model.routed(step)]
+
     def close(self) -> None:
         self._model = None
         del self._decode
 
     def _mixed(self, model: Model, batch: StepBatch) -> StepResult:
         rows_O, sequence_O, position_O = output_rows(batch)
-        engine = self._run.engine
-        expanded = max(engine.max_seq_len, engine.max_batch_tokens)
-        step = mixed_step(batch, self.block_size, engine.max_seq_len, expanded, self._device)
+        step = self._mixed_step(batch)
         stream = model.hidden(step)
         device_rows_O = torch.from_numpy(rows_O).to(self._device)
         logits_OV, token_ids_O = self._no_outputs()
@@ -102,6 +108,11 @@ class GpuRunner:
             draft_token_ids_O=None if draft_OV is None else draft_OV.argmax(dim=1).int().cpu().numpy(),
             draft_logits_OV=draft_OV.cpu().numpy() if draft_OV is not None and batch.return_logits else None,
         )
+
+    def _mixed_step(self, batch: StepBatch) -> Step:
+        engine = self._run.engine
+        expanded = max(engine.max_seq_len, engine.max_batch_tokens)
+        return mixed_step(batch, self.block_size, engine.max_seq_len, expanded, self._device)
 
     def _no_outputs(self) -> tuple[Tensor, Tensor]:
         logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
