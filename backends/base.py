@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +149,14 @@ class Runner(Protocol):
     def step(self, batch: StepBatch) -> StepResult: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CountsExperts(Protocol):
+    """A runner that can tell which experts a step uses, for the bytes that it must read."""
+
+    def experts_hit(self, batch: StepBatch) -> list[int]:
+        """Distinct routed experts of each MoE layer; runs ``batch``, a decode step, once more."""
 
 
 class Backend(Protocol):
