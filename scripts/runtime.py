@@ -139,6 +139,7 @@ def open_run(run: RunConfig) -> Session:
         opened.callback(runner.close)
         with Progress("loading", len(list(weights.names()))) as progress:
             runner.load(CountedWeights(weights, progress))
+        rank.barrier()  # a step's collectives wait launch.timeout for each other; loading may take longer
         if rank.rank > 0:
             follow(runner, rank)
             raise SystemExit(0)

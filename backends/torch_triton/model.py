@@ -40,8 +40,7 @@ class Model:
         layers = stage_layers(spec, mesh.grid, mesh.pp.index)
         self.embedding = Embedding(source, "model.embed_tokens.weight") if mesh.is_first_stage else None
         self.blocks = [Block(spec, source, layer) for layer in layers]
-        self.norm = RMSNorm(source.read("model.norm.weight"), spec.rms_norm_eps) if mesh.is_last_stage else None
-        self.head = Head(source, "lm_head.weight") if mesh.is_last_stage else None
+        self.head = Head(spec, source, "model.norm.weight", "lm_head.weight") if mesh.is_last_stage else None
         self.mtp = MTP(spec, source) if mesh.is_last_stage and source.has_mtp else None
 
     def hidden(self, token_ids_T: Tensor, plan: Plan) -> Tensor:
@@ -59,14 +58,14 @@ class Model:
 
     def logits(self, hidden_OD: Tensor) -> Tensor:
         """float32 [O, V] from hidden states before the final norm."""
-        assert self.norm is not None and self.head is not None, "asked of the last stage only"
-        return self.head(self.norm(hidden_OD))
+        assert self.head is not None, "asked of the last stage only"
+        return self.head(hidden_OD)
 
     def draft_logits(self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, plan: Plan) -> Tensor:
         """float32 [O, V] for the token after the next of rows ``rows_O``; the MTP layer's cache gets all T."""
-        assert self.norm is not None and self.mtp is not None, "asked of the last stage, when there is an MTP layer"
+        assert self.head is not None and self.mtp is not None, "asked of the last stage, when there is an MTP layer"
         if self.mtp.after_norm:
-            hidden_TD = self.norm(hidden_TD)
+            hidden_TD = self.head.norm(hidden_TD)
         turn_TP = self._turn_SP[plan.positions_T]
         return self.mtp(hidden_TD, next_ids_T, rows_O, turn_TP, self._cache_LBSX[len(self.blocks)], plan)
 
@@ -111,17 +110,18 @@ class Block:
 
 
 class Head:
-    """The output projection; each tensor-parallel rank has the rows of a range of tokens.
+    """The last norm and the output projection; each tensor-parallel rank has the rows of a range of tokens.
 
     Its matrix is held in FP32: a product of BF16 matrices would round the logits to BF16.
     """
 
-    def __init__(self, source: TensorSource, name: str):
+    def __init__(self, spec: ModelSpec, source: TensorSource, norm: str, matrix: str):
         self._ranks = source.mesh.tp
-        self.matrix = Linear(source.read(name, torch.float32))
+        self.norm = RMSNorm(source.read(norm), spec.rms_norm_eps)
+        self.matrix = Linear(source.read(matrix, torch.float32))
 
-    def __call__(self, normed_OD: Tensor) -> Tensor:
-        return self._ranks.beside(self.matrix(normed_OD.float()))
+    def __call__(self, hidden_OD: Tensor) -> Tensor:
+        return self._ranks.beside(self.matrix(self.norm(hidden_OD).float()))
 
 
 class MTP:
@@ -136,8 +136,7 @@ class MTP:
         self.hidden_norm = RMSNorm(source.read(f"{prefix}.hnorm.weight"), spec.rms_norm_eps)
         self.projection = Linear(source.read(f"{prefix}.eh_proj.weight"))
         self.block = Block(spec, source, layer)
-        self.norm = RMSNorm(source.read(f"{prefix}.shared_head.norm.weight"), spec.rms_norm_eps)
-        self.head = Head(source, f"{prefix}.shared_head.head.weight")
+        self.head = Head(spec, source, f"{prefix}.shared_head.norm.weight", f"{prefix}.shared_head.head.weight")
 
     def __call__(
         self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, turn_TP: Tensor, cache_BSX: Tensor, plan: Plan
@@ -145,4 +144,4 @@ class MTP:
         embedding_TD = self.embedding(next_ids_T)
         joined = torch.cat([self.embedding_norm(embedding_TD), self.hidden_norm(hidden_TD)], dim=1)
         x_TD = self.block(self.projection(joined), turn_TP, cache_BSX, plan)
-        return self.head(self.norm(x_TD[rows_O]))
+        return self.head(x_TD[rows_O])
