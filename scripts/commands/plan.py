@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.schema import RunConfig
-from ...models.capacity import GIB, Precision, StagePlan, plan_stages
+from ...models.capacity import GIB, Precision, StagePlan, decode_bytes_of_rank, plan_stages
 from ...models.catalog import load_spec
 from ...models.errors import InputError
 from ...models.sharding import Grid
@@ -21,6 +21,8 @@ from ..runtime import model_spec, note, read_run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    parser.add_argument("--decode", metavar="1x4096,32x4096", help="sequences x context of decode steps to estimate")
+    parser.add_argument("--bandwidth", metavar="GB/s", type=float, help="of a device's memory, for the time of a step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.epilog = "A model.path that is not there yet is planned from model.spec. Exit code 2 when it does not fit."
 
@@ -34,10 +36,12 @@ def run(options: argparse.Namespace) -> int:
             spec, deployment.grid, deployment.precision, config.engine.max_batch_tokens, config.engine.max_batch
         )
     )
+    steps = [_decode_step(part, spec, deployment, stages, options.bandwidth) for part in _parts(options.decode)]
     if options.json:
-        print(json.dumps(_as_json(deployment, stages)))
+        print(json.dumps({**_as_json(deployment, stages), **({"decode": steps} if steps else {})}))
     else:
         _print(deployment, stages)
+        _print_steps(steps)
     _check_fits(deployment, stages, config)
     return 0
 
@@ -62,6 +66,32 @@ class Deployment:
         memory = config.engine.device_memory_gib
         budget = None if memory is None else int(memory * GIB * config.engine.memory_fraction)
         return cls(grid, Precision(weights, cache), budget)
+
+
+def _parts(text: str | None) -> list[str]:
+    return text.split(",") if text else []
+
+
+def _decode_step(
+    part: str, spec: ModelSpec, deployment: Deployment, stages: list[StagePlan], bandwidth: float | None
+) -> dict[str, Any]:
+    """What the rank with the most to do reads in each stage, and how long that takes, one stage after the other."""
+    batch, _, context = part.partition("x")
+    if not (batch.isdecimal() and context.isdecimal() and int(batch)):
+        raise InputError(f"{part!r} is not sequences x context", "--decode", "write it as 32x4096")
+    read = [
+        decode_bytes_of_rank(spec, stage, deployment.precision, int(batch), int(context), deployment.grid.dp)
+        for stage in stages
+    ]
+    step = {"batch": int(batch), "context": int(context), "bytes_of_a_rank": read}
+    return step if bandwidth is None else {**step, "ms": sum(read) / bandwidth / 1e6}
+
+
+def _print_steps(steps: list[dict[str, Any]]) -> None:
+    for step in steps:
+        read = " + ".join(f"{size / GIB:.3f}" for size in step["bytes_of_a_rank"])
+        time = f": {step['ms']:.2f} ms if memory were all that counts" if "ms" in step else ""
+        print(f"decode of {step['batch']} at context {step['context']:,}: a rank reads {read} GiB{time}")
 
 
 def planned_spec(config: RunConfig) -> ModelSpec:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 DEPLOYMENTS = {"h200_8_fp8": 8, "h800_2x8_fp8": 16, "mi300x_8_fp8": 8, "a100_4x8_bf16": 32, "h20_8_int4": 8}
+DEPLOYMENTS |= {"atlas_4x8_bf16": 32, "atlas_2x8_w8a8": 16}
 
 
 @pytest.mark.parametrize(("name", "ranks"), DEPLOYMENTS.items())
@@ -37,3 +38,13 @@ def test_without_a_memory_size_it_says_what_to_set(deepspan):
     result = deepspan("plan", "demo_reference")
     assert result.code == 0
     assert "one process" in result.out and "engine.device_memory_gib" in result.out
+
+
+def test_decode_steps_are_estimated(deepspan):
+    result = deepspan("plan", "h800_2x8_fp8", "--decode", "1x4096,64x4096", "--bandwidth", "2000", "--json")
+    one, many = json.loads(result.out)["decode"]
+    assert one["ms"] == pytest.approx(one["bytes_of_a_rank"][0] / 2e9)
+    cache = 31 * 4096 * 61 * 1152  # two replicas share 64 sequences
+    assert many["bytes_of_a_rank"][0] > one["bytes_of_a_rank"][0] + cache
+    assert deepspan("plan", "h800_2x8_fp8", "--decode", "64").code == 2
+    assert "memory were all" not in deepspan("plan", "h800_2x8_fp8", "--decode", "1x10").out
