@@ -22,7 +22,7 @@ def predict(*arguments):
 
 
 def sample(folder, **model_config):
-    """predict_deepseek3_671b.yaml after its README's edits, for one process: what the model's sizes are, it says too."""
+    """predict_deepseek3_671b.yaml after its README's edits, for one process."""
     tokenizer = str(DEMO / "tokenizer.json")
     values = {
         "seed": 0, "output_dir": "./output", "run_mode": "predict", "use_parallel": False,
