@@ -1,6 +1,7 @@
-"""Mixture of experts: FP32 routing, experts split by width between the ranks, shared expert beside them.
+"""Mixture of experts: FP32 routing, experts split between the ranks whole or by width, shared expert beside them.
 
-Shape letters: T tokens, D hidden, E experts, K experts a token, F features of this rank, N rows sorted by expert.
+Shape letters: T tokens, D hidden, E experts of this rank, K experts a token, F features of this rank, N rows sorted by
+expert, those of other ranks' experts last.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class MoE(nn.Cell):
         spec = source.spec
         routed, experts = f"{name}.routed_experts", f"{canonical}.experts"
         self.router = Router(source, op_set, f"{routed}.router", f"{canonical}.gate")
-        self.permute = op_set.Permute(spec.n_routed_experts, spec.num_experts_per_tok)
+        self.first, self.held = source.experts_held.start, len(source.experts_held)
+        self.is_part = self.held < spec.n_routed_experts
+        self.permute = op_set.Permute(self.held + self.is_part, spec.num_experts_per_tok)
         self.gate_up = _make_experts(source, op_set, f"{routed}.ffn.w_gate_hidden", experts, "gate_proj", "up_proj")
         self.activate = op_set.SwiGLU()
         self.down = _make_experts(source, op_set, f"{routed}.ffn.w2", experts, "down_proj")
@@ -85,9 +88,27 @@ class MoE(nn.Cell):
 
     def construct(self, x_TD: Tensor) -> Tensor:
         weight_TK, index_TK = self.router(x_TD)
+        if self.is_part:
+            index_TK = self._own_or_last(index_TK)
         rows_ND, place_N, counts_E = self.permute(x_TD, index_TK)
+        if self.is_part:
+            counts_E = counts_E[: self.held]
         rows_ND = self.down(self.activate(self.gate_up(rows_ND, counts_E)), counts_E)
+        if self.is_part:
+            rows_ND = self._without_others(rows_ND, counts_E)
         y_TD = self.unpermute(rows_ND, place_N, weight_TK)
         if self.has_shared:
             y_TD = y_TD + self.shared(x_TD).astype(ms.float32)
         return y_TD.astype(x_TD.dtype)
+
+    def _own_or_last(self, index_TK: Tensor) -> Tensor:
+        """This rank's number of each chosen expert; one past its last for all that other ranks hold."""
+        own_TK = index_TK - self.first
+        is_own_TK = ops.logical_and(own_TK >= 0, own_TK < self.held)
+        return ops.select(is_own_TK, own_TK, ops.full_like(own_TK, self.held))
+
+    def _without_others(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Zeros in the rows that no expert of this rank has written."""
+        row_N = ops.arange(rows_ND.shape[0])
+        is_own_N1 = (row_N < counts_E.sum()).expand_dims(1)
+        return ops.select(ops.broadcast_to(is_own_N1, rows_ND.shape), rows_ND, ops.zeros_like(rows_ND))

@@ -101,10 +101,11 @@ def _operators() -> Counter[str]:
     return Counter(name for name in names if name not in _NO_OPERATORS)
 
 
-def graphs(spec: ModelSpec, tp: int, int8: bool) -> Iterator[tuple[str, nn.Cell, tuple[Tensor, ...]]]:
-    """Every graph of one rank of ``tp``: its name, the cell and inputs of fixed lengths."""
-    check_divides(spec, Grid(tp=tp))
-    source = Placeholders(spec, RandomWeights(spec), Grid(tp=tp), 0, ms.bfloat16, int8)
+def graphs(spec: ModelSpec, tp: int, int8: bool, ep: int = 1) -> Iterator[tuple[str, nn.Cell, tuple[Tensor, ...]]]:
+    """Every graph of the first of ``tp`` ranks: its name, the cell and inputs of fixed lengths."""
+    grid = Grid(tp=tp, ep=ep)
+    check_divides(spec, grid)
+    source = Placeholders(spec, RandomWeights(spec), grid, 0, ms.bfloat16, int8)
     layers = Layers(source, ascend, POSITIONS, BLOCKS, BLOCK_SIZE)
     head = Head(source, ascend)
     mtp = MTP(source, ascend, head, BLOCKS, BLOCK_SIZE)
@@ -140,13 +141,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Type-check the graphs of fused operators without an NPU.")
     parser.add_argument("--spec", default="deepseek_v3")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--dtype", choices=("bf16", "w8a8"), default="bf16")
     options = parser.parse_args()
     ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
     spec = load_spec(options.spec).replace(layers)
-    for name, cell, inputs in graphs(spec, options.tp, options.dtype == "w8a8"):
+    for name, cell, inputs in graphs(spec, options.tp, options.dtype == "w8a8", options.ep):
         outcome = type_check(cell, *inputs)
         print(
             json.dumps(

@@ -52,9 +52,9 @@ class MsrunRank:
 def join(run: RunConfig) -> Rank:
     """The rank that msrun's environment gives this process; a run without a launcher is a single process."""
     degree = run.parallel.tp
-    others = {"ep": run.parallel.ep, "dp": run.parallel.dp, "pp": run.parallel.pp}
+    others = {"dp": run.parallel.dp, "pp": run.parallel.pp}
     if large := [name for name, value in others.items() if value > 1]:
-        raise InputError(f"parallel.{large[0]} above 1", "mindspore_ascend", "use parallel.tp")
+        raise InputError(f"parallel.{large[0]} above 1", "mindspore_ascend", "use parallel.tp and parallel.ep")
     if run.launch.launcher == "none":
         if degree > 1:
             raise InputError(f"tp {degree} in one process", "parallel.tp, launch.launcher", "set launcher: msrun")

@@ -32,7 +32,7 @@ class MindSporeRunner:
         check_supported(spec, run)
         self._device = choose_device(run)
         self.dtype, self.kv_dtype = choose_dtype(run, self._device), native_dtype(self._device)
-        self._grid = Grid(tp=run.parallel.tp)
+        self._grid = Grid(tp=run.parallel.tp, ep=run.parallel.ep)
         check_divides(spec, self._grid)
         self.spec = spec
         self.block_size = run.engine.block_size

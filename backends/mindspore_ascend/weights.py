@@ -50,6 +50,7 @@ class RankWeights:
         self.dtype = dtype
         self.int8 = int8
         self.ranks = grid.tp
+        self.experts_held = _experts_held(spec, grid, rank)
         self.has_mtp = weights.has_mtp and spec.num_nextn_predict_layers > 0
         self._weights = weights
         _check_names([param.name for param in parameters(spec, mtp=weights.has_mtp)], list(weights.names()))
@@ -85,7 +86,7 @@ class RankWeights:
         )
 
     def experts(self, name: str, prefix: str, projections: Sequence[str]) -> Parameter:
-        """[E, D, F]: every expert's projections, swapped to [in, out] and beside each other."""
+        """[E, D, F]: each held expert's projections, swapped to [in, out] and beside each other."""
 
         def fill() -> NDArray:
             return self._swapped(shape, prefix, projections, lambda name: self._read(name, _READ_AS[self.dtype]))
@@ -102,7 +103,7 @@ class RankWeights:
             codes_FD, scales_F = self._read_codes(canonical)
             expert, projection = canonical.removeprefix(f"{prefix}.").split(".")[:2]
             start = projections.index(projection) * len(scales_F)
-            scales_EF[int(expert), start : start + len(scales_F)] = scales_F
+            scales_EF[self.experts_held.index(int(expert)), start : start + len(scales_F)] = scales_F
             return codes_FD
 
         def fill_scales() -> NDArray:
@@ -133,20 +134,20 @@ class RankWeights:
         return sum(heights), self._shape(pieces[0].name)[1]
 
     def _expert_shape(self, prefix: str, projections: Sequence[str]) -> tuple[int, int, int]:
-        out, inside = self._shape(f"{prefix}.0.{projections[0]}.weight")
-        return self.spec.n_routed_experts, inside, out * len(projections)
+        out, inside = self._shape(f"{prefix}.{self.experts_held.start}.{projections[0]}.weight")
+        return len(self.experts_held), inside, out * len(projections)
 
     def _swapped(
         self, shape: tuple[int, int, int], prefix: str, projections: Sequence[str], read: Callable[[str], NDArray]
     ) -> NDArray:
-        """The stack of every expert's matrices, [in, out]."""
+        """The stack of the held experts' matrices, [in, out]."""
         out = shape[2] // len(projections)
         stack: NDArray | None = None
-        for expert in range(shape[0]):
+        for place, expert in enumerate(self.experts_held):
             for slot, projection in enumerate(projections):
                 weight_FD = read(f"{prefix}.{expert}.{projection}.weight")
                 stack = np.empty(shape, weight_FD.dtype) if stack is None else stack
-                stack[expert, :, slot * out : (slot + 1) * out] = weight_FD.T
+                stack[place, :, slot * out : (slot + 1) * out] = weight_FD.T
         assert stack is not None, "a mixture of experts has experts"
         return stack
 
@@ -169,6 +170,13 @@ class RankWeights:
     def _start_row(self, canonical: str) -> int:
         rows = self._shards[canonical].rows
         return rows[0] if rows else 0
+
+
+def _experts_held(spec: ModelSpec, grid: Grid, rank: int) -> range:
+    """The routed experts of which this rank holds all or, with other ranks of its group, a slice of the width."""
+    each = spec.n_routed_experts // grid.ep
+    first = grid.position(rank).expert_group * each
+    return range(first, first + each)
 
 
 def rank_bytes(held: Sequence[Shard], dtype: ms.Type, int8: bool) -> int:

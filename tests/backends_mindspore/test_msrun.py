@@ -36,7 +36,7 @@ def single():
         ]
 
 
-def write_run(folder, tp, nodes=1, timeout=120):
+def write_run(folder, tp, nodes=1, timeout=120, ep=1):
     """The run of the embedded model over ``tp`` workers, as a YAML."""
     path = folder / "run.yaml"
     path.write_text(
@@ -45,7 +45,7 @@ model: {{spec: demo}}
 backend: mindspore_ascend
 device: cpu
 dtype: fp32
-parallel: {{tp: {tp}}}
+parallel: {{tp: {tp}, ep: {ep}}}
 engine: {{max_batch: 8, max_seq_len: 256}}
 sampling: {{temperature: 0}}
 launch: {{launcher: msrun, nodes: {nodes}, procs_per_node: {tp // nodes}, master_port: {free_port()},
@@ -59,8 +59,9 @@ def generate_arguments():
     return ["generate", "--json", "--max-new-tokens", str(TOKENS), *(f"--prompt={prompt}" for prompt in PROMPTS)]
 
 
-def test_two_workers_give_the_tokens_of_one(single, tmp_path):
-    job = launch(write_run(tmp_path, tp=2), *generate_arguments())
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 2)])
+def test_several_workers_give_the_tokens_of_one(single, tmp_path, tp, ep):
+    job = launch(write_run(tmp_path, tp, ep=ep), *generate_arguments())
     output, messages = job.communicate(timeout=400)
     assert job.returncode == 0, messages
     assert token_ids(output) == single

@@ -12,7 +12,8 @@ pytest.importorskip("mindspore", reason="mindspore is not installed")
 # Plain operators of the network; everything else in its graphs has to be one of `proof.FUSED`.
 PLAIN = {
     "Add", "AllGather", "AllReduce", "Argmax", "BatchMatMul", "BroadcastTo", "Cast", "Concat", "ExpandDims", "Gather",
-    "GreaterEqual", "LessScalar", "LogicalAnd", "MatMul", "Mul", "Reshape", "StridedSlice", "Sub", "Transpose",
+    "GreaterEqual", "Less", "LessScalar", "LogicalAnd", "MatMul", "Mul", "Reshape", "Select", "StridedSlice", "Sub",
+    "SumExt", "Transpose",
 }  # fmt: skip
 EVERY_LAYER = {"AddRmsNorm", "RmsNorm", "RotaryPositionEmbedding", "ReshapeAndCache", "Swiglu"}
 MIXTURE = {"FusedAddTopKDiv", "MoeInitRoutingV2", "GroupedMatmulV4", "InnerMoeTokenUnpermute"}
@@ -27,7 +28,17 @@ def python(*arguments):
 @pytest.mark.parametrize("tp", [1, 16, 32])
 @pytest.mark.parametrize("dtype", ["bf16", "w8a8"])
 def test_every_operator_of_every_graph_is_inferred(tp, dtype):
-    result = python("-m", "deepspan.backends.mindspore_ascend.proof", "--tp", str(tp), "--dtype", dtype)
+    check(tp, dtype, ep=1)
+
+
+@pytest.mark.parametrize(("tp", "ep", "dtype"), [(16, 16, "bf16"), (16, 4, "w8a8")])
+def test_with_experts_split_over_ranks(tp, ep, dtype):
+    check(tp, dtype, ep)
+
+
+def check(tp, dtype, ep):
+    command = ["-m", "deepspan.backends.mindspore_ascend.proof", "--tp", str(tp), "--ep", str(ep), "--dtype", dtype]
+    result = python(*command)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     found = {line["graph"]: set(line["operators"]) for line in lines}
