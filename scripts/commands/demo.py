@@ -13,8 +13,11 @@ from ... import backends
 from ...backends.base import FloatArray
 from ...convert.executor import run_plan
 from ...convert.inspection import inspect_directory
-from ...convert.kinds import fp8_to_bf16
+from ...convert.kinds import fp8_to_bf16, hf_to_mindspore
 from ...convert.kinds.options import Options
+from ...convert.plan import Plan
+from ...convert.verify.directory import Options as VerifyOptions
+from ...convert.verify.directory import verify
 from ...models.errors import DeepspanError
 from ...models.everyday import EVERYDAY
 from ...models.params import total_parameters
@@ -62,9 +65,12 @@ def run(options: argparse.Namespace) -> int:
     names = _runnable()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="deepspan-demo-") as folder:
-        sources = [Source("FP8", Path(embedded), rtol=1e-4), Source("BF16", Path(folder) / "bf16", rtol=3e-2)]
-        _inspect(sources[0].directory)
-        _convert(sources[0].directory, sources[1].directory)
+        fp8, bf16, mindspore = Path(embedded), Path(folder) / "bf16", Path(folder) / "mindspore"
+        _inspect(fp8)
+        _convert("FP8 to BF16", fp8_to_bf16.plan(fp8, Options()), bf16)
+        _convert("BF16 to MindSpore's inference layout", hf_to_mindspore.plan(bf16, Options()), mindspore)
+        print()
+        sources = [Source("FP8", fp8, rtol=1e-4), Source("BF16", bf16, rtol=3e-2), Source("MindSpore", mindspore, 3e-2)]
         for source in sources:
             for name in names:
                 outcomes.append(_generate(source, name, questions, outcomes[0] if outcomes else None))
@@ -84,9 +90,14 @@ def _inspect(directory: Path) -> None:
     print(f"            {len(found.headers)} files, {len(found.tensors)} tensors, {megabytes:.1f} MB, complete")
 
 
-def _convert(source: Path, target: Path) -> None:
-    result = run_plan(fp8_to_bf16.plan(source, Options()), target)
-    print(f"converted   FP8 to BF16, {result.written_bytes / 1e6:.1f} MB, in {result.seconds:.2f} s\n")
+def _convert(what: str, plan: Plan, target: Path) -> None:
+    """Convert, then read the result back: every hash, and rows made again by an independent slow path."""
+    result = run_plan(plan, target)
+    print(f"converted   {what}: {result.written_bytes / 1e6:.1f} MB, in {result.seconds:.2f} s")
+    verdict = verify(target, VerifyOptions(), lambda phase, done, total: None)
+    if not verdict.is_sound:
+        raise DeepspanError(f"damaged: {verdict.findings[0]}", str(target), "run deepspan verify on it")
+    print(f"verified    {verdict.tensors} tensors against the manifest, rows of {verdict.recomputed} made again")
 
 
 def _known_answer(prompt: str) -> str:
@@ -125,13 +136,13 @@ def _show_answers(questions: list[tuple[str, str]], outcome: Outcome) -> None:
 def _compare(questions: list[tuple[str, str]], outcomes: list[Outcome]) -> None:
     """One line for each outcome, and an error for the first one that is not as it should be."""
     faults = []
-    print("weights  backend           right  tokens  logits (relative norm)  seconds")
+    print("weights    backend           right  tokens  logits (relative norm)  seconds")
     for outcome in outcomes:
         right = sum(text == answer for text, (_, answer) in zip(outcome.texts, questions, strict=True))
         same = outcome.token_ids == outcomes[0].token_ids
         closeness = measure(outcomes[0].logits, outcome.logits)
         tokens = "same" if same else "DIFFER"
-        row = f"{outcome.source.name:<7}  {outcome.backend:<16}  {right:>2}/{len(questions)}  {tokens:<6}"
+        row = f"{outcome.source.name:<9}  {outcome.backend:<16}  {right:>2}/{len(questions)}  {tokens:<6}"
         print(f"{row}  {closeness.relative_norm:<22.1e}  {outcome.seconds:>7.1f}")
         if right < len(questions) or not same or not closeness.within(outcome.source.rtol):
             faults.append(f"{outcome.backend} with {outcome.source.name} weights")
