@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import DeepspanError
-from .checksums import combined_crc32
+from .checksums import combined_crc32, crc32
 from .plan import Output, ShardPlan
 
 PARTIAL = ".partial."
@@ -56,7 +55,7 @@ class ShardWriter:
         expected = output.row_bytes * (min(start + output.piece_rows, output.rows) - start)
         assert len(data) == expected, f"{output.name}: made {len(data)} bytes of {expected} from row {start} on"
         offset = start * output.row_bytes
-        crc = zlib.crc32(data.data)
+        crc = crc32(data)
         try:
             _write_all(self._file, data, self.plan.offsets[output.name] + offset)
             self._sync_sometimes(len(data))

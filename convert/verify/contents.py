@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +9,7 @@ from itertools import groupby
 
 from ...models.dtypes import DTYPES
 from ...models.errors import InputError
-from ..checksums import combined_crc32
+from ..checksums import combined_crc32, crc32
 from ..safetensors import Header, Reader, TensorInfo
 from .degenerate import Values, values_of
 from .findings import Finding, in_parallel
@@ -74,7 +73,7 @@ def _look(reader: Reader, piece: tuple[TensorInfo, int, int]) -> _Seen:
         raw = reader.read(replace(info, dtype="U8", shape=(end - begin,), begin=begin, end=end))
     except InputError as fault:
         return _Seen(info, None, Values(), fault)
-    crc = zlib.crc32(raw.data), len(raw)
+    crc = crc32(raw), len(raw)
     carrier = DTYPES[info.dtype].carrier
     values = values_of(info.name, info.dtype, raw if carrier is None else raw.view(carrier))
     return _Seen(info, crc, values)
