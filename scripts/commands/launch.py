@@ -12,18 +12,13 @@ from ..options import add_run
 from ..runtime import read_run
 from .plan import planned_spec
 
-DEFAULT_COMMAND = "serve"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--node-rank", type=int, metavar="N", help="this machine's number, from 0")
     parser.add_argument("--master-addr", metavar="A", help="the first node's address, in place of the run's")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
-    parser.epilog = (
-        "After -- stands what every worker runs, such as: -- generate --prompt T. RUN is added to it. "
-        f"Without it, that is {DEFAULT_COMMAND}."
-    )
+    parser.epilog = "After -- stands what every worker runs, such as: -- generate --prompt T. RUN is added to it."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +30,9 @@ def run(options: argparse.Namespace) -> int:
     if options.node_rank is None and launch.nodes > 1:
         raise InputError(f"one of {launch.nodes} nodes", "--node-rank", "say which one, from 0")
     node = Node(launch, options.node_rank or 0)
-    arguments = _with_run(options.workers or [DEFAULT_COMMAND], options.run_name, options.overrides)
+    if not options.workers:
+        raise InputError("no command for the workers", "deepspan launch", "add one, such as: -- generate --prompt T")
+    arguments = _with_run(options.workers, options.run_name, options.overrides)
     if options.dry_run:
         settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(launch.env.items())]
         print(" ".join([*settings, shlex.join(node.command(arguments))]))

@@ -73,8 +73,13 @@ def test_torchrun(run_file, capsys):
     ],
 )
 def test_wrong_use(run_file, capsys, launcher, flags, message):
-    assert main(["launch", run_file(launcher), *flags, "--dry-run"]) == 2
+    assert main(["launch", run_file(launcher), *flags, "--dry-run", "--", "doctor"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_workers_need_a_command(run_file, capsys):
+    assert main(["launch", run_file("torchrun"), "--node-rank=0"]) == 2
+    assert "no command for the workers" in capsys.readouterr().err
 
 
 def test_a_missing_launcher_names_what_to_install(tmp_path, monkeypatch):
