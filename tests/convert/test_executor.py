@@ -1,6 +1,7 @@
 """The executor: the same bytes however it runs, and nothing unfinished under a final name whatever happens."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 import zlib
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ def test_checksums_are_those_of_the_bytes(tmp_path, monkeypatch):
 def test_checksum_of_parts():
     raw = np.random.default_rng(0).bytes(10_001)
     cuts = [0, 1, 1, 77, 4096, 9000, 10_001]
-    parts = [(zlib.crc32(raw[a:b]), b - a) for a, b in pairwise(cuts)]
+    parts = [(zlib.crc32(raw[a:b]), b - a) for a, b in itertools.pairwise(cuts)]
     assert combined_crc32(parts) == zlib.crc32(raw)
     assert combined_crc32([]) == zlib.crc32(b"")
 
@@ -113,26 +113,27 @@ def test_a_kill_at_any_point_loses_only_unfinished_files(tmp_path, expected):
         assert (out / name).stat().st_ino == published[name], "finished files are not made again"
 
 
-def interrupted(monkeypatch, source: Path, out: Path, after: int = 40) -> None:
-    """Run a conversion that fails after some writes."""
-    write, count = os.pwrite, iter(range(10**9))
+def interrupted(monkeypatch, source: Path, out: Path, after: int = 40, header: bool = False) -> None:
+    """Run a conversion that fails after some writes of tensors, or of headers (which are written last, at 0)."""
+    write, count = os.pwrite, itertools.count()
 
-    def failing(*arguments):
-        if next(count) >= after:
+    def failing(descriptor, data, offset):
+        if (offset == 0) == header and next(count) >= after:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(*arguments)
+        return write(descriptor, data, offset)
 
     with monkeypatch.context() as patch, pytest.raises(DeepspanError, match="No space left") as caught:
         patch.setattr(os, "pwrite", failing)
         convert("hf-to-mindspore", source, out, workers=2)
     assert caught.value.exit_code == 1
-    assert "tensor model." in caught.value.what
+    assert ("the header" if header else "tensor model.") in caught.value.what
     assert caught.value.where.startswith(str(out))
 
 
-def test_a_full_disk_publishes_nothing_unfinished(tmp_path, monkeypatch, expected):
+@pytest.mark.parametrize(("after", "header"), [(40, False), (4, True)])
+def test_a_full_disk_publishes_nothing_unfinished(tmp_path, monkeypatch, expected, after, header):
     out = tmp_path / "out"
-    interrupted(monkeypatch, DEMO, out)
+    interrupted(monkeypatch, DEMO, out, after, header)
     left = {path.name for path in out.iterdir()}
     assert MANIFEST_FILE not in left and "param_name_map.json" not in left
     assert not any(".partial." in name for name in left - {JOURNAL_FILE})
