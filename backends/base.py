@@ -38,8 +38,13 @@ class Weights(Protocol):
     ) -> NDArray:
         """The logical [out, in] values, or a slice: float32 for dtype "f32", uint16 bit patterns for "bf16"."""
 
-    def fp8_blocks(self, name: str) -> tuple[NDArray[np.uint8], FloatArray] | None:
-        """Codes (e4m3fn) and multipliers of 128 x 128 blocks of a weight that is stored so, else None."""
+    def fp8_blocks(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> tuple[NDArray[np.uint8], FloatArray] | None:
+        """Codes (e4m3fn) and multipliers of 128 x 128 blocks of a weight that is stored so, or of a slice of it.
+
+        None when it is stored otherwise, or the slice cuts a block.
+        """
 
     def int8_channels(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None

@@ -40,7 +40,7 @@ class LayoutSource:
         """As `CheckpointWeights.read`."""
         return np.ascontiguousarray(self._source.weights.read(name, dtype, rows, cols))
 
-    def fp8_blocks(self, name: str) -> None:
+    def fp8_blocks(self, name: str, rows: Range | None = None, cols: Range | None = None) -> None:
         """None: the layouts hold no FP8."""
 
     def int8_channels(self, name: str, rows: Range | None = None, cols: Range | None = None) -> None:

@@ -57,7 +57,7 @@ class RandomWeights:
         window = np.concatenate(chunks)[first : first + stop - start]
         return window if cols is None else np.ascontiguousarray(window[:, slice(*cols)])
 
-    def fp8_blocks(self, name: str) -> None:
+    def fp8_blocks(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> None:
         """None: the values are plain."""
 
     def int8_channels(

@@ -74,12 +74,20 @@ class CheckpointWeights:
         stored = self.stored(name)
         return self._read_parts(stored, Window.of(stored.param, rows, cols))
 
-    def fp8_blocks(self, name: str) -> tuple[NDArray, NDArray] | None:
-        """Codes (e4m3fn) and multipliers of 128 x 128 blocks of a weight that is stored so, else None."""
+    def fp8_blocks(
+        self, name: str, rows: Range | None = None, cols: Range | None = None
+    ) -> tuple[NDArray, NDArray] | None:
+        """Codes (e4m3fn) and multipliers of 128 x 128 blocks of a weight that is stored so, or of a slice of it.
+
+        None when it is stored otherwise, or the slice cuts a block.
+        """
         stored = self.stored(name)
         if stored.format != "fp8_block" or stored.block != BLOCK:
             return None
-        parts = self.parts(name)
+        windows = zip((rows, cols), stored.param.shape, BLOCK, strict=True)
+        if any(cut and (cut[0] % block or (cut[1] % block and cut[1] != size)) for cut, size, block in windows):
+            return None
+        parts = self.parts(name, rows, cols)
         return parts["weight"], parts["weight_scale_inv"]
 
     def int8_channels(

@@ -179,9 +179,11 @@ class CountedWeights:
         self._count(name)
         return self._weights.read(name, dtype, rows, cols)
 
-    def fp8_blocks(self, name: str) -> tuple[NDArray, NDArray] | None:
+    def fp8_blocks(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> tuple[NDArray, NDArray] | None:
         self._count(name)
-        return self._weights.fp8_blocks(name)
+        return self._weights.fp8_blocks(name, rows, cols)
 
     def int8_channels(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None

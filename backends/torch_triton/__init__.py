@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ...configs.schema import RunConfig
-from ...models.errors import InputError
 from ...models.spec import ModelSpec
 from ..base import Rank, Runner
 from ..memory import describe_host, host_copy_bandwidth
@@ -21,11 +20,9 @@ class TorchBackend:
         device = choose_device(run)
         if device.type == "cpu":
             return TorchRunner(spec, run, rank)
-        if rank.world_size > 1:
-            raise InputError("a GPU run is one process so far", "parallel", "set every degree to 1, or device: cpu")
         from .gpu.runner import GpuRunner  # Triton comes with PyTorch for GPUs only
 
-        return GpuRunner(spec, run, device)
+        return GpuRunner(spec, run, device, rank)
 
     def devices(self) -> list[str]:
         return [*describe_gpus(), describe_host()]

@@ -45,6 +45,14 @@ class TorchRank:
         dist.broadcast(words, 0, group=self._control)
         return content
 
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        number = torch.tensor(value)
+        dist.all_reduce(number, dist.ReduceOp.MIN, group=self._control)
+        return int(number)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self._control)

@@ -53,6 +53,10 @@ class TensorSource:
         """Every part of a parameter that this rank holds."""
         return self._shards.values()
 
+    def shard(self, name: str) -> Shard:
+        """The part of a parameter that this rank holds."""
+        return self._shards[name]
+
     def first_row(self, name: str) -> int:
         """Where this rank's rows of a parameter begin."""
         rows = self._shards[name].rows

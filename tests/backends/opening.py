@@ -28,10 +28,10 @@ class DictWeights:
         return list(self.values)
 
     def read(self, name, dtype, rows=None, cols=None):
-        assert rows is None and cols is None
-        return round_to(self.values[name], dtype)
+        value = self.values[name][slice(*rows) if rows else slice(None)]
+        return round_to(value if value.ndim == 1 else value[:, slice(*cols) if cols else slice(None)], dtype)
 
-    def fp8_blocks(self, name):
+    def fp8_blocks(self, name, rows=None, cols=None):
         return None
 
 

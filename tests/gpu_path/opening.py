@@ -23,15 +23,21 @@ SPECS = {
 }
 
 
-def build(spec, dtype, device="cpu", **engine):
-    run = RunConfig.model_validate(
+def run_of(dtype, parallel=None, **engine):
+    return RunConfig.model_validate(
         {
             "model": {"path": "weights come from the test"},
             "dtype": dtype,
             "engine": {"max_batch": 8, "max_seq_len": BLOCK * WIDTH, "block_size": BLOCK, **engine},
+            "device": "cpu",
+            "parallel": parallel or {},
+            "launch": {"launcher": "torchrun", "timeout": 60} if parallel else {},
         }
     )
-    return GpuRunner(spec, run, torch.device(device))
+
+
+def build(spec, dtype, device="cpu", **engine):
+    return GpuRunner(spec, run_of(dtype, **engine), torch.device(device))
 
 
 def loaded(spec, values, dtype, **options):

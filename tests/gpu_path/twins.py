@@ -40,5 +40,6 @@ def _gate_up(x, ids, stack, tiles):
     return expert_kernels.gate_up_eager(x, ids, stack).bfloat16()
 
 
-def _down(h, ids, weights, stack, tiles):
+def _down(h, ids, weights, stack, tiles, foreign):
+    assert not foreign
     return expert_kernels.down_eager(h, ids, weights, stack).to(torch.float32)

@@ -57,7 +57,7 @@ class Attention:
         q = projected
         if layers.q_b is not None and layers.q_norm is not None:
             q = layers.q_b(operand(layers.q_norm(projected[:, : spec.q_lora_rank])))
-        heads, width = spec.num_attention_heads, spec.qk_head_dim
+        heads, width = len(layers.kv_b_HYC), spec.qk_head_dim
         q_THX = q[:, : heads * width].unflatten(1, (heads, width))
         if step.decode is not None:
             out = self._decode(q_THX, kv_TX, step, step.decode, cache_PZX)

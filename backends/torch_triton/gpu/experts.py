@@ -25,9 +25,12 @@ FEW_TOKENS = 512  # up to here one program orders the pairs, and memory is the l
 
 
 class Fp8Experts:
-    def __init__(self, stack: Stack, ue8m0: bool):
+    """``foreign``: choices past the stack are other ranks' and add nothing here."""
+
+    def __init__(self, stack: Stack, ue8m0: bool, foreign: bool = False):
         self._stack = stack
         self._ue8m0 = ue8m0
+        self._foreign = foreign
         self._chip = chip_of(stack.gate_up.device)
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
@@ -37,7 +40,7 @@ class Fp8Experts:
         tiles = self._tiles(choice.ids)
         h = kernels.gate_up(x, choice.ids, self._stack, tiles)
         h_or_codes = quantise(h, self._ue8m0) if self._chip.fp8_units else h
-        return kernels.down(h_or_codes, choice.ids, choice.weights, self._stack, tiles)
+        return kernels.down(h_or_codes, choice.ids, choice.weights, self._stack, tiles, self._foreign)
 
     def _tiles(self, ids_TP: Tensor) -> Tiles:
         return kernels.one_pair_tiles(ids_TP) if len(ids_TP) == 1 else kernels.group(ids_TP, len(self._stack.down))
@@ -48,12 +51,15 @@ class Fp8Experts:
         pairs = grouped.sort_pairs(choice.ids, len(stack.down), grouped.choose(self._chip).block_m)
         gate_up = grouped.grouped(grouped.gather(x, pairs, choices), stack.gate_up, stack.gate_up_scales, pairs)
         h = quantise(gate_up, self._ue8m0, gated=True) if self._chip.fp8_units else gated(gate_up)
-        y = grouped.grouped(h, stack.down, stack.down_scales, pairs, choice.weights)
+        y = grouped.grouped(h, stack.down, stack.down_scales, pairs, choice.weights, self._foreign)
         return y.view(tokens, choices, -1)
 
 
 class Bf16Experts:
-    def __init__(self, gate_up_EID: Tensor, down_EDI: Tensor):
+    """As `Fp8Experts`."""
+
+    def __init__(self, gate_up_EID: Tensor, down_EDI: Tensor, foreign: bool = False):
+        self._foreign = foreign
         self._gate_up = gate_up_EID.transpose(1, 2)
         self._down = down_EDI.transpose(1, 2)
 
@@ -67,4 +73,6 @@ class Bf16Experts:
         h_RI = gated(F.grouped_mm(x[order_R // choices], self._gate_up, offs=ends_E))
         y_RD = F.grouped_mm(h_RI, self._down, offs=ends_E).float()
         y_RD *= choice.weights.flatten()[order_R, None]
+        if self._foreign:
+            y_RD.masked_fill_((sorted_R >= len(expert_E))[:, None], 0)
         return torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(tokens, choices, -1)

@@ -16,6 +16,7 @@ from ....models.spec import ModelSpec
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack
 from ..layers import adjacent_pairs
+from ..parallel import Mesh
 from .attention import Projections
 from .experts import Bf16Experts, Fp8Experts
 from .linear import Bf16Linear, Fp8Linear, Linear, Norm
@@ -43,6 +44,14 @@ class Loader:
         self._fp8 = fp8
         self._quantises = fp8 and chip_of(source.device).fp8_units
         self._ue8m0 = spec.fp8 is not None and spec.fp8.scale_fmt == "ue8m0"
+        grid = source.mesh.grid
+        self._heads = spec.num_attention_heads // grid.tp
+        self._dense_width = spec.intermediate_size // grid.tp
+        self.experts_held = held_experts(spec, source.mesh)
+        self.has_foreign = len(self.experts_held) < spec.n_routed_experts
+        self._expert_width = spec.moe_intermediate_size // grid.expert_slices
+        self._shared_width = spec.shared_intermediate_size // grid.tp
+        self.shared_pieces = -(-self._shared_width // max(1, self._expert_width)) if spec.n_shared_experts else 0
 
     def norm(self, name: str, eps: float, plain: bool = False) -> Norm:
         """A norm before linear layers; ``plain`` for one whose BF16 result is wanted too."""
@@ -65,12 +74,12 @@ class Loader:
         kv_b = self.source.plain(f"{prefix}.kv_b_proj.weight")
         common = (
             self.source.plain(f"{prefix}.kv_a_layernorm.weight"),
-            kv_b.view(spec.num_attention_heads, -1, spec.kv_lora_rank),
+            kv_b.view(self._heads, -1, spec.kv_lora_rank),
             self.linear(Part(f"{prefix}.o_proj.weight")),
         )
         if spec.q_lora_rank is None:
             qkv_a = self.linear(Part(f"{prefix}.q_proj.weight", queries), kv_a)
-            return Projections(qkv_a, whole_blocks(spec.num_attention_heads * spec.qk_head_dim), None, None, *common)
+            return Projections(qkv_a, whole_blocks(self._heads * spec.qk_head_dim), None, None, *common)
         qkv_a = self.linear(Part(f"{prefix}.q_a_proj.weight"), kv_a)
         q_norm = self.norm(f"{prefix}.q_a_layernorm.weight", spec.latent_norm_eps)
         q_b = self.linear(Part(f"{prefix}.q_b_proj.weight", queries))
@@ -79,18 +88,18 @@ class Loader:
     def swiglu(self, prefix: str) -> tuple[Linear, Linear]:
         """[gate; up] and down of a dense layer."""
         gate_up = self.linear(Part(f"{prefix}.gate_proj.weight"), Part(f"{prefix}.up_proj.weight"))
-        width = whole_blocks(self.spec.intermediate_size)
+        width = whole_blocks(self._dense_width)
         return gate_up, self.linear(Part(f"{prefix}.down_proj.weight", columns=width))
 
     def experts(self, prefix: str) -> Fp8Experts | Bf16Experts:
-        """The routed experts, then the shared ones, each as wide as a routed one."""
+        """This rank's routed experts, then its part of the shared ones, in pieces as wide as a routed one."""
         if self._fp8:
-            return Fp8Experts(self._fp8_stack(prefix), self._ue8m0)
+            return Fp8Experts(self._fp8_stack(prefix), self._ue8m0, self.has_foreign)
         gate_up, down = self._stacks(torch.bfloat16)
         for expert in range(len(down)):
             for place, matrix in zip(_places(gate_up, down, expert), self._expert(prefix, expert), strict=True):
                 place.copy_(pad(matrix, *place.shape))
-        return Bf16Experts(gate_up, down)
+        return Bf16Experts(gate_up, down, self.has_foreign)
 
     def _fp8_stack(self, prefix: str) -> Stack:
         gate_up, down = self._stacks(chip_of(self.source.device).fp8)
@@ -107,7 +116,7 @@ class Loader:
     def _stacks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Room for gate and up, and for down, of all experts."""
         spec, device = self.spec, self.source.device
-        count, width = spec.n_routed_experts + spec.n_shared_experts, whole_blocks(spec.moe_intermediate_size)
+        count, width = len(self.experts_held) + self.shared_pieces, whole_blocks(self._expert_width)
         gate_up = torch.empty(count, 2 * width, spec.hidden_size, dtype=dtype, device=device)
         return gate_up, torch.empty(count, spec.hidden_size, width, dtype=dtype, device=device)
 
@@ -116,19 +125,19 @@ class Loader:
         return torch.empty(len(stack), *block_grid(stack.shape[1:]), device=stack.device)
 
     def _expert(self, prefix: str, expert: int) -> list[Tensor]:
-        """gate, up and down of an expert, or of a piece of the shared ones, in BF16."""
-        if expert < self.spec.n_routed_experts:
-            return [self.source.plain(name) for name in _names(f"{prefix}.experts.{expert}")]
-        width = self.spec.moe_intermediate_size
-        piece = slice((expert - self.spec.n_routed_experts) * width, (expert - self.spec.n_routed_experts + 1) * width)
+        """gate, up and down of an expert of the stack, or of a piece of the shared ones, in BF16."""
+        if expert < len(self.experts_held):
+            return [self.source.plain(name) for name in _names(f"{prefix}.experts.{self.experts_held[expert]}")]
+        width, number = self._expert_width, expert - len(self.experts_held)
+        piece = slice(number * width, (number + 1) * width)
         gate, up, down = (self.source.plain(name) for name in _names(f"{prefix}.shared_experts"))
         return [gate[piece], up[piece], down[:, piece]]
 
     def _fp8_expert(self, prefix: str, expert: int) -> list[Fp8Matrix]:
         """The same in FP8: as stored, unless a piece of the shared experts cuts a scale block."""
-        if expert < self.spec.n_routed_experts:
-            return [self.source.fp8(name) for name in _names(f"{prefix}.experts.{expert}")]
-        if self.spec.n_shared_experts == 1:
+        if expert < len(self.experts_held):
+            return [self.source.fp8(name) for name in _names(f"{prefix}.experts.{self.experts_held[expert]}")]
+        if self.shared_pieces == 1:
             return [self.source.fp8(name) for name in _names(f"{prefix}.shared_experts")]
         return [quantise_blocks(matrix) for matrix in self._expert(prefix, expert)]
 
@@ -151,6 +160,13 @@ class Loader:
             weight_NK = part.reorder(weight_NK)
         rows, columns = weight_NK.shape
         return pad(weight_NK, whole_blocks(rows), part.columns or columns)
+
+
+def held_experts(spec: ModelSpec, mesh: Mesh) -> range:
+    """The routed experts of which this rank holds all, or a slice of the width."""
+    each = spec.n_routed_experts // mesh.grid.ep
+    first = mesh.position.expert_group * each
+    return range(first, first + each)
 
 
 def _names(prefix: str) -> list[str]:

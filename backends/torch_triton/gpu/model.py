@@ -18,12 +18,13 @@ from torch import Tensor
 from ....models.rope import rope_tables
 from ..kernels.quant import Normed
 from ..kernels.rope_cache import Tables
-from ..kernels.router import Scratch, choose_experts, scratch
+from ..kernels.router import Choice, Scratch, choose_experts, scratch
 from ..layers import product_f32
 from .attention import Attention
 from .inputs import Step
 from .linear import operand
 from .loader import Loader
+from .source import DeviceTensors
 
 
 class Stream(NamedTuple):
@@ -46,22 +47,23 @@ class Model:
         self._spec = spec
         rope = Tables(*(torch.from_numpy(table).to(source.device) for table in rope_tables(spec, max_positions)))
         room = scratch(max_tokens, spec.n_routed_experts, source.device)
-        self._embedding_VD = source.plain("model.embed_tokens.weight")
+        self._embedding = Embedding(source, "model.embed_tokens.weight")
         self._blocks = [Block(loader, layer, rope, room) for layer in range(spec.num_hidden_layers)]
         self._norm = loader.plain_norm("model.norm.weight")
+        self._ranks = source.mesh.tp
         self._head_VD = source.plain("lm_head.weight")
         self._mtp = MTP(loader, rope, room) if source.has_mtp else None
 
     def hidden(self, step: Step) -> Stream:
         """The stream after the last block."""
-        stream = Stream(F.embedding(step.token_ids_T, self._embedding_VD), None)
+        stream = Stream(self._embedding(step.token_ids_T), None)
         for block, cache_CZX in zip(self._blocks, self.cache_LCZX, strict=False):
             stream = block(stream, step, cache_CZX)
         return stream
 
     def logits(self, stream: Stream) -> Tensor:
         """float32 [T, V]."""
-        return product_f32(_plain(self._norm(*stream)), self._head_VD)
+        return self._ranks.beside(product_f32(_plain(self._norm(*stream)), self._head_VD))
 
     def routed(self, step: Step) -> list[Tensor]:
         """The experts, int32 [T, K + shared], that each MoE layer chooses in a step, which is run for this."""
@@ -83,10 +85,28 @@ class Model:
         return self._mtp(hidden_TD, next_ids_T, rows_O, step, self.cache_LCZX[len(self._blocks)])
 
 
+class Embedding:
+    """Rows of the table by token id. Each tensor-parallel rank has a range of them and gives zeros for the others."""
+
+    def __init__(self, source: DeviceTensors, name: str):
+        self._ranks = source.mesh.tp
+        self._first = source.first_row(name)
+        self._rows_ND = source.plain(name)
+
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
+        if self._ranks.size == 1:
+            return F.embedding(token_ids_T, self._rows_ND)
+        row_T = token_ids_T - self._first
+        here_T = (row_T >= 0) & (row_T < len(self._rows_ND))
+        x_TD = F.embedding(row_T.where(here_T, 0), self._rows_ND)
+        return self._ranks.total(x_TD.where(here_T[:, None], 0))
+
+
 class Block:
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); both are summed over the tensor-parallel ranks."""
 
     def __init__(self, loader: Loader, layer: int, rope: Tables, room: Scratch):
+        self._ranks = loader.source.mesh.tp
         prefix, eps = f"model.layers.{layer}", loader.spec.rms_norm_eps
         is_moe = loader.spec.is_moe(layer)
         self._input_norm = loader.norm(f"{prefix}.input_layernorm.weight", eps)
@@ -96,9 +116,16 @@ class Block:
 
     def __call__(self, stream: Stream, step: Step, cache_CZX: Tensor) -> Stream:
         normed = self._input_norm(*stream)
-        branch_TD = self._attention(operand(normed), step, cache_CZX)
+        branch_TD = self._total(self._attention(operand(normed), step, cache_CZX))
         normed = self._mlp_norm(branch_TD, normed.residual)
-        return Stream(self.mlp(normed), normed.residual)
+        return Stream(self._total(self.mlp(normed)), normed.residual)
+
+    def _total(self, branch: Tensor) -> Tensor:
+        """Parts are added before they travel: [T, D] in BF16 and not [T, P, D]."""
+        if self._ranks.size == 1:
+            return branch
+        branch_TD = branch.sum(1, dtype=torch.float32) if branch.dim() == 3 else branch
+        return self._ranks.total(branch_TD.bfloat16().contiguous())
 
 
 class SwiGLU:
@@ -124,14 +151,24 @@ class MoE:
         bias = f"{prefix}.gate.e_score_correction_bias"
         self._bias_E = source.plain(bias, torch.float32) if spec.has_router_bias else None
         self._experts = loader.experts(prefix)
+        self._held, self._shared = loader.experts_held, loader.shared_pieces
+        self._is_part = loader.has_foreign
 
     def __call__(self, normed: Normed) -> Tensor:
         """FP32 [T, P, D], to be added."""
-        shared = self._spec.n_shared_experts
-        choice = choose_experts(_plain(normed), self._gate_ED, self._bias_E, self._spec, self._room, shared)
+        x_TD = _plain(normed)
+        choice = choose_experts(x_TD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)
         if self.choices is not None:
             self.choices.append(choice.ids)
-        return self._experts(operand(normed), choice)
+        return self._experts(operand(normed), self._of_stack(choice) if self._is_part else choice)
+
+    def _of_stack(self, choice: Choice) -> Choice:
+        """Numbers in this rank's stack: its routed experts, the shared pieces, and one past them for other ranks'."""
+        routed, held = self._spec.n_routed_experts, len(self._held)
+        own_TP = choice.ids - self._held.start
+        is_own_TP = (own_TP >= 0) & (own_TP < held) & (choice.ids < routed)
+        shared_TP = torch.where(choice.ids >= routed, choice.ids - routed + held, held + self._shared)
+        return choice._replace(ids=torch.where(is_own_TP, own_TP, shared_TP))
 
 
 class MTP:
@@ -140,7 +177,8 @@ class MTP:
     def __init__(self, loader: Loader, rope: Tables, room: Scratch):
         spec, source = loader.spec, loader.source
         prefix = f"model.layers.{spec.num_hidden_layers}"
-        self._embedding_VD = source.plain(f"{prefix}.embed_tokens.weight")
+        self._embedding = Embedding(source, f"{prefix}.embed_tokens.weight")
+        self._ranks = source.mesh.tp
         self._embedding_norm = loader.plain_norm(f"{prefix}.enorm.weight")
         self._hidden_norm = loader.plain_norm(f"{prefix}.hnorm.weight")
         self._projection = source.plain(f"{prefix}.eh_proj.weight")
@@ -149,10 +187,10 @@ class MTP:
         self._head_VD = source.plain(f"{prefix}.shared_head.head.weight")
 
     def __call__(self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, step: Step, cache_CZX: Tensor) -> Tensor:
-        embedding_TD = self._embedding_norm(F.embedding(next_ids_T, self._embedding_VD))
+        embedding_TD = self._embedding_norm(self._embedding(next_ids_T))
         joined = torch.cat([_plain(embedding_TD), _plain(self._hidden_norm(hidden_TD))], dim=1)
         stream = self._block(Stream(F.linear(joined, self._projection), None), step, cache_CZX)
-        return product_f32(_plain(self._norm(*stream.rows(rows_O))), self._head_VD)
+        return self._ranks.beside(product_f32(_plain(self._norm(*stream.rows(rows_O))), self._head_VD))
 
 
 def _plain(normed: Normed) -> Tensor:

@@ -8,21 +8,22 @@ from ....configs.schema import RunConfig
 from ....models.capacity import GIB
 from ....models.costs import LINEAR_BYTES
 from ....models.errors import InputError
-from ....models.params import parameters
+from ....models.sharding import shards
 from ....models.spec import ModelSpec
 from ...limits import cache_blocks
 from ..device import memory
+from ..parallel import ALONE, Mesh
 
 _LIBRARIES = 2 << 30  # workspaces of cuBLAS and graphs, compiled kernels, fragmentation
 _PREFIXES = 4  # times max_batch sequences of max_seq_len: more cache than that holds prefixes nobody asks for again
 
 
-def weight_bytes(spec: ModelSpec, mtp: bool, dtype: str) -> int:
-    """What the loaded model holds; kv_b_proj and what is not quantised in a checkpoint are in BF16."""
+def weight_bytes(spec: ModelSpec, mtp: bool, dtype: str, mesh: Mesh = ALONE) -> int:
+    """What a rank's loaded model holds; kv_b_proj and what is not quantised in a checkpoint are in BF16."""
     total = 0.0
-    for param in parameters(spec, mtp):
-        low = param.quantised and not param.name.endswith("kv_b_proj.weight")
-        total += param.size * (LINEAR_BYTES[dtype] if low else 2)
+    for shard in shards(spec, mesh.grid, mesh.rank, mtp):
+        low = shard.param.quantised and not shard.param.name.endswith("kv_b_proj.weight")
+        total += shard.size * (LINEAR_BYTES[dtype] if low else 2)
     return round(total)
 
 
@@ -39,8 +40,10 @@ def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
     return 2 * values + 12 * max(run.engine.max_batch, 8) * spec.vocab_size + _LIBRARIES
 
 
-def check_weights_fit(spec: ModelSpec, mtp: bool, run: RunConfig, dtype: str, device: torch.device) -> None:
-    needed = weight_bytes(spec, mtp, dtype) + working_bytes(spec, run)
+def check_weights_fit(
+    spec: ModelSpec, mtp: bool, run: RunConfig, dtype: str, device: torch.device, mesh: Mesh = ALONE
+) -> None:
+    needed = weight_bytes(spec, mtp, dtype, mesh) + working_bytes(spec, run)
     allowed = _allowed(run, device)
     if needed > allowed:
         raise InputError(

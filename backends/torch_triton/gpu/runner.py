@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ....configs.schema import RunConfig
 from ....models.errors import InputError
+from ....models.sharding import Grid, check_divides
 from ....models.spec import ModelSpec
 from ...base import StepBatch, StepResult, Weights, next_tokens, output_rows
 from ...limits import check_supported
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
+from ..rank import TorchRank
 from .graphs import DecodeSteps
 from .inputs import Step, mixed_step, same_queries, sampling_numbers
 from .loader import Loader
@@ -29,8 +31,13 @@ _SEED = 0  # of weights that are drawn here
 
 
 class GpuRunner:
-    def __init__(self, spec: ModelSpec, run: RunConfig, device: torch.device):
+    """``rank``'s part, tensor- and expert-parallel; every rank takes every step."""
+
+    def __init__(self, spec: ModelSpec, run: RunConfig, device: torch.device, rank: TorchRank | None = None):
         check_supported(spec, run)
+        self._rank = rank or TorchRank()
+        self._mesh = self._rank.mesh
+        _check_degrees(spec, self._mesh.grid)
         self.spec = spec
         self.dtype = choose_gpu_dtype(run, spec)
         self.kv_dtype = choose_gpu_kv_dtype(run)
@@ -39,18 +46,20 @@ class GpuRunner:
         self._run = run
         self._device = device
         _check_shapes(spec)
+        if device.type != "cpu":
+            torch.get_device_module(device).set_device(device)  # where kernels are launched
 
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:
         run, spec = self._run, self.spec
-        check_weights_fit(spec, weights.has_mtp, run, self.dtype, self._device)
+        check_weights_fit(spec, weights.has_mtp, run, self.dtype, self._device, self._mesh)
         source = self._source(weights)
         self._has_mtp = source.has_mtp
         layers = spec.num_hidden_layers + (spec.num_nextn_predict_layers if source.has_mtp else 0)
         loader = Loader(spec, source, fp8=self.dtype == "fp8")
         tokens = max(run.engine.max_batch_tokens, 8 * run.engine.max_batch)
         self._model: Model | None = Model(loader, run.engine.max_seq_len, tokens)
-        self.kv_blocks = blocks_that_fit(spec, run, layers, self._device)
+        self.kv_blocks = self._rank.least(blocks_that_fit(spec, run, layers, self._device))
         shape = (layers, self.kv_blocks, self.block_size, spec.latent_dim)
         self._model.cache_LCZX = torch.zeros(shape, dtype=torch.bfloat16, device=self._device)
         held = f"{self.kv_blocks} blocks of {self.block_size} tokens, {self._model.cache_LCZX.nbytes / 2**30:.1f} GiB"
@@ -59,8 +68,8 @@ class GpuRunner:
 
     def _source(self, weights: Weights) -> DeviceTensors:
         if self._run.model.weights == "random":
-            return DrawnTensors(self.spec, _SEED, self._device)
-        return StoredTensors(self.spec, weights, self._device)
+            return DrawnTensors(self.spec, _SEED, self._device, self._mesh)
+        return StoredTensors(self.spec, weights, self._device, self._mesh)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> StepResult:
@@ -117,6 +126,12 @@ class GpuRunner:
     def _no_outputs(self) -> tuple[Tensor, Tensor]:
         logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
         return logits_OV, torch.empty(0, dtype=torch.int32, device=self._device)
+
+
+def _check_degrees(spec: ModelSpec, grid: Grid) -> None:
+    if grid.dp > 1 or grid.pp > 1:
+        raise InputError("GPUs share a model by tp and ep so far", "parallel", "set dp and pp to 1")
+    check_divides(spec, grid)
 
 
 def _check_shapes(spec: ModelSpec) -> None:

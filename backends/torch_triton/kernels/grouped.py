@@ -124,12 +124,14 @@ def grouped(
     scales_ERC: torch.Tensor,
     pairs: Sorted,
     factors_TP: torch.Tensor | None = None,
+    foreign: bool = False,
     config: Config | None = None,
 ) -> torch.Tensor:
     """Each row of x [R, K], of sorted pairs, times its expert's matrix: BF16 [R, N].
 
     ``x``: codes, or BF16 (always so on a chip without FP8 units). With ``factors_TP`` each result is multiplied by its
-    pair's factor and lies where the pair was before sorting. Rows of pairs in no tile are undefined.
+    pair's factor and lies where the pair was before sorting. Rows of pairs in no tile are zero if ``foreign``
+    says that there may be some, and undefined otherwise.
     """
     name = "grouped"
     values = x.codes if isinstance(x, Codes) else x
@@ -148,7 +150,8 @@ def grouped(
     if factors_TP is not None:
         fits = factors_TP.is_contiguous() and factors_TP.numel() == len(values) and factors_TP.dtype == torch.float32
         check(fits, f"factors {tuple(factors_TP.shape)}", name)
-    out = torch.empty(len(values), outputs, dtype=torch.bfloat16, device=values.device)
+    room = torch.zeros if foreign else torch.empty
+    out = room(len(values), outputs, dtype=torch.bfloat16, device=values.device)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     codes = weights_ENK if chip.fp8_units else weights_ENK.view(torch.uint8)
     _grouped[(triton.cdiv(outputs, config.block_n), len(pairs.expert_U))](

@@ -1,0 +1,75 @@
+"""The GPU's path on two processes, tensor- and expert-parallel: the logits of one process, the same on both ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepspan.convert.checkpoint import Checkpoint
+from deepspan.convert.weights import CheckpointWeights
+from deepspan.models.errors import InputError
+from deepspan.models.hf_config import spec_from_hf
+from tests.backends.opening import BF16, DEMO, median_token_difference
+from tests.gpu_path.opening import SPECS, build
+from tests.gpu_path.ranks import CASES, MODES, SHARED, forward
+from tests.gpu_path.test_forward import FP8_ACTIVATIONS
+from tests.launches import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = {"bf16": BF16, "fp8": FP8_ACTIVATIONS}  # sums of halves are rounded once more, and tip choices
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two processes have left their logits of every mode."""
+    target = tmp_path_factory.mktemp("ranks")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+              "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}  # fmt: skip
+    workers = []
+    for rank in range(2):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "tests.gpu_path.ranks", str(target)]
+        with (target / f"{rank}.log").open("w") as log:
+            workers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    codes = [worker.wait(timeout=400) for worker in workers]
+    assert not any(codes), "\n".join((target / f"{rank}.log").read_text()[-2000:] for rank in range(2))
+    return target
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The logits of one process, by precision and spec."""
+    return {(dtype, number): forward(list(SHARED.values())[number], dtype) for dtype, number in CASES}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "number"), CASES)
+def test_two_ranks_compute_what_one_does(folder, single, mode, dtype, number):
+    first, second = (np.load(folder / f"{mode}-{dtype}-{number}-{rank}.npy") for rank in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert median_token_difference(first, single[dtype, number]) <= TOLERANCE[dtype]
+
+
+def test_slices_of_fp8_weights_are_their_blocks():
+    with Checkpoint.open(DEMO) as opened:
+        weights = CheckpointWeights(opened, spec_from_hf(opened.config, "config.json"))
+        name = "model.layers.0.mlp.gate_proj.weight"  # [520, 192]
+        codes, scales = weights.fp8_blocks(name)
+        part_codes, part_scales = weights.fp8_blocks(name, (128, 384), (128, 192))
+        np.testing.assert_array_equal(part_codes, codes[128:384, 128:192])
+        np.testing.assert_array_equal(part_scales, scales[1:3, 1:2])
+        assert weights.fp8_blocks(name, (0, 260)) is None
+        assert weights.fp8_blocks(name, (384, 520))[1].shape == (2, 2)
+
+
+def test_what_gpus_do_not_share_yet_is_refused():
+    class Placed:
+        class mesh:
+            class grid:
+                dp, pp = 2, 1
+
+    with pytest.raises(InputError, match="set dp and pp to 1"):
+        type(build(SPECS["v3"], "bf16"))(SPECS["v3"], build(SPECS["v3"], "bf16")._run, None, Placed)
