@@ -23,11 +23,9 @@ from ..models.quant import dequant_fp8_blocks
 HAS_PERMUTATION = bool(llvm.get_host_cpu_features().get("avx512bw"))
 _LANES = 32
 _TILE = 128  # a square of 16-bit elements that stays in the first-level cache
+_SQUARE = 8  # what is transposed in registers
 # Scales for which no product overflows, no normal code's product is a BF16 denormal, and scale * 2 ** 120 is finite.
 _SCALES = np.float32(2.0**-100), np.float32(2.0**6)
-_LOW = np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00000000FFFFFFFF)
-_HIGH = np.uint64(0xFFFF0000FFFF0000), np.uint64(0xFFFFFFFF00000000)
-_QUARTER, _HALF = np.uint64(16), np.uint64(32)  # bits of a word of four elements
 _MANTISSAS = np.concatenate([(1 + np.arange(8) / 8) * 2.0**-7, np.arange(8) / 8 * 2.0**-6]).astype(np.float32)
 
 
@@ -156,43 +154,61 @@ def _largest_magnitude(codes_K):  # type: ignore[no-untyped-def]
 
 
 def can_transpose(out_KN: NDArray, source_NK: NDArray) -> bool:
-    """Whether `transpose` takes these arrays: 16-bit elements whose rows can be seen as words of four."""
+    """Whether `transpose` takes these arrays: rows of 16-bit elements, in whole squares of 8 x 8."""
     return all(
         array.itemsize == 2
-        and array.shape[1] % 4 == 0
         and array.strides[1] == 2
-        and array.strides[0] % 8 == 0
-        and array.ctypes.data % 8 == 0
+        and array.shape[0] % _SQUARE == 0
+        and array.shape[1] % _SQUARE == 0
         for array in (out_KN, source_NK)
     )
 
 
 def transpose(out_KN: NDArray, source_NK: NDArray) -> None:
-    """``out[...] = source.T`` where `can_transpose` says so: squares of 4 x 4 elements are turned in four words."""
-    _transpose_words(out_KN.view(np.uint64), source_NK.view(np.uint64))
+    """``out[...] = source.T`` where `can_transpose` says so."""
+    _transpose(out_KN.view(np.uint16), source_NK.view(np.uint16))
+
+
+_ROW = ir.VectorType(ir.IntType(16), _SQUARE)
+# Of two rows a and b, the first halves as a0 b0 a1 b1 ..., and the second halves.
+_INTERLEAVED = [
+    ir.Constant(ir.VectorType(ir.IntType(32), _SQUARE), [half + i // 2 + i % 2 * _SQUARE for i in range(_SQUARE)])
+    for half in (0, _SQUARE // 2)
+]
+
+
+@intrinsic
+def _turn_square(typing_context, source, start, step, out, out_start, out_step):  # type: ignore[no-untyped-def]
+    """A square of ``source``, eight rows ``step`` elements apart from the element ``start`` on, turned into ``out``.
+
+    Interleaving row i with row i + 4 three times transposes; each time is eight instructions of every vector unit.
+    """
+    signature = types.void(source, types.intp, types.intp, out, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def pointer(argument, row):  # type: ignore[no-untyped-def]
+            array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+            first, step = arguments[argument + 1], arguments[argument + 2]
+            place = builder.add(first, builder.mul(step, ir.Constant(ir.IntType(64), row)))
+            return builder.bitcast(builder.gep(array.data, [place]), _ROW.as_pointer())
+
+        rows = [builder.load(pointer(0, row), align=2) for row in range(_SQUARE)]
+        for _ in range(3):
+            pairs = [(rows[i // 2], rows[i // 2 + _SQUARE // 2], _INTERLEAVED[i % 2]) for i in range(_SQUARE)]
+            rows = [builder.shuffle_vector(*pair) for pair in pairs]
+        for row, values in enumerate(rows):
+            builder.store(values, pointer(3, row), align=2)
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _transpose_words(out, source):  # type: ignore[no-untyped-def]
-    """Both as words of four elements: out [K, N / 4], source [N, K / 4]. A tile is turned in the cache, then copied."""
-    tile = np.empty((_TILE, _TILE // 4), np.uint64)
-    words, columns = out.shape[1], source.shape[1]
-    for first in range(0, words, _TILE // 4):
-        height = min(_TILE // 4, words - first)
-        for column in range(0, columns, _TILE // 4):
-            width = min(_TILE // 4, columns - column)
-            for n in range(height):
-                row = 4 * (first + n)
-                a_K, b_K = source[row, column : column + width], source[row + 1, column : column + width]
-                c_K, d_K = source[row + 2, column : column + width], source[row + 3, column : column + width]
-                for k in range(width):
-                    even_ab = (a_K[k] & _LOW[0]) | ((b_K[k] & _LOW[0]) << _QUARTER)
-                    odd_ab = ((a_K[k] & _HIGH[0]) >> _QUARTER) | (b_K[k] & _HIGH[0])
-                    even_cd = (c_K[k] & _LOW[0]) | ((d_K[k] & _LOW[0]) << _QUARTER)
-                    odd_cd = ((c_K[k] & _HIGH[0]) >> _QUARTER) | (d_K[k] & _HIGH[0])
-                    tile[4 * k, n] = (even_ab & _LOW[1]) | (even_cd << _HALF)
-                    tile[4 * k + 1, n] = (odd_ab & _LOW[1]) | (odd_cd << _HALF)
-                    tile[4 * k + 2, n] = (even_ab >> _HALF) | (even_cd & _HIGH[1])
-                    tile[4 * k + 3, n] = (odd_ab >> _HALF) | (odd_cd & _HIGH[1])
-            for k in range(4 * width):
-                out[4 * column + k, first : first + height] = tile[k, :height]
+def _transpose(out, source):  # type: ignore[no-untyped-def]
+    rows, columns = source.shape
+    step, out_step = source.strides[0] // 2, out.strides[0] // 2
+    for first in range(0, rows, _TILE):
+        for left in range(0, columns, _TILE):
+            for column in range(left, min(left + _TILE, columns), _SQUARE):
+                for row in range(first, min(first + _TILE, rows), _SQUARE):
+                    _turn_square(source, row * step + column, step, out, column * out_step + row, out_step)
