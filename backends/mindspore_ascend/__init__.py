@@ -6,20 +6,20 @@ import mindspore as ms
 
 from ...configs.schema import RunConfig
 from ...models.spec import ModelSpec
-from ..base import Rank, Runner
+from ..base import Runner
 from ..memory import host_copy_bandwidth
 from .device import choose_device, describe_devices
-from .rank import join
+from .rank import MindSporeRank, join
 from .runner import MindSporeRunner
 
 
 class MindSporeBackend:
-    def start(self, run: RunConfig) -> Rank:
+    def start(self, run: RunConfig) -> MindSporeRank:
         ms.set_device(choose_device(run))
         ms.set_context(mode=ms.GRAPH_MODE)
         return join(run)
 
-    def build(self, spec: ModelSpec, run: RunConfig, rank: Rank) -> Runner:
+    def build(self, spec: ModelSpec, run: RunConfig, rank: MindSporeRank) -> Runner:
         return MindSporeRunner(spec, run, rank)
 
     def devices(self) -> list[str]:

@@ -25,7 +25,7 @@ class Attention(nn.Cell):
     def __init__(self, source: RankWeights, op_set: OpSet, name: str, canonical: str, blocks: int, block_size: int):
         super().__init__(auto_prefix=False)
         spec = source.spec
-        self.heads = spec.num_attention_heads // source.ranks
+        self.heads = spec.num_attention_heads // source.mesh.tp.size
         self.nope, self.rope, self.value = spec.qk_nope_head_dim, spec.qk_rope_head_dim, spec.v_head_dim
         self.latent = spec.kv_lora_rank
         self.query_latent = spec.q_lora_rank or 0
@@ -39,7 +39,7 @@ class Attention(nn.Cell):
         self.expand = ops.MatMul(transpose_b=True)
         self.absorb = ops.BatchMatMul()
         self.release = ops.BatchMatMul(transpose_b=True)
-        self.total = SumOverRanks(source.ranks)
+        self.total = SumOverRanks(source.mesh.tp)
 
     def _make_projections(self, source: RankWeights, op_set: OpSet, name: str, canonical: str) -> None:
         spec, eps = source.spec, source.spec.latent_norm_eps

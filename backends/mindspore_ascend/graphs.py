@@ -33,22 +33,23 @@ def _view(prefill: bool) -> tuple[Tensor, ...]:
 class Graphs:
     """What the runner calls: numpy in, hidden states stay on the device, numpy out."""
 
-    def __init__(self, spec: ModelSpec, layers: Layers, head: Head, mtp: MTP | None, dtype: ms.Type):
+    def __init__(self, spec: ModelSpec, layers: Layers, head: Head, mtp: MTP | None, dtype: ms.Type, replicas: int):
         hidden, logits = (
             _lengths(None, spec.hidden_size, dtype=dtype),
             _lengths(None, spec.vocab_size, dtype=ms.float32),
         )
         row, real = _lengths(None), _lengths(None, dtype=ms.float32)
+        spread = row if replicas > 1 else None
         self._trunks = {prefill: Trunk(layers, prefill) for prefill in (False, True)}
         for prefill, trunk in self._trunks.items():
-            trunk.set_inputs(row, row, row, *_view(prefill))
+            trunk.set_inputs(row, row, row, spread, *_view(prefill))
         self._head = head
         head.set_inputs(hidden, row)
         self._sampler = Sampler()
         self._sampler.set_inputs(logits, row, row, real, row, real, row)
         self._drafts = {prefill: Draft(layers.turns, mtp, prefill) for prefill in (False, True)} if mtp else {}
         for prefill, draft in self._drafts.items():
-            draft.set_inputs(hidden, row, row, row, row, *_view(prefill))
+            draft.set_inputs(hidden, row, row, row, row, spread, *_view(prefill))
 
     @property
     def has_drafts(self) -> bool:
@@ -84,8 +85,9 @@ class Graphs:
         return logits_OV.asnumpy(), greedy_O.asnumpy()
 
 
-def _where(part: Part) -> tuple[Tensor, Tensor]:
-    return Tensor(part.positions_P), Tensor(part.slots_P)
+def _where(part: Part) -> tuple[Tensor | None, ...]:
+    spread = None if part.spread_R is None else Tensor(part.spread_R)
+    return Tensor(part.positions_P), Tensor(part.slots_P), spread
 
 
 def _tensors(arrays: tuple[NDArray, ...]) -> tuple[Tensor, ...]:

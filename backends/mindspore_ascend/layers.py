@@ -52,10 +52,10 @@ class Embedding(nn.Cell):
     def __init__(self, source: RankWeights, name: str, canonical: str):
         super().__init__(auto_prefix=False)
         self.table = source.matrix(name, Piece(canonical))
-        self.split = source.ranks > 1
+        self.split = source.mesh.tp.size > 1
         self.first = source.first_token
         self.rows = self.table.shape[0]
-        self.total = SumOverRanks(source.ranks)
+        self.total = SumOverRanks(source.mesh.tp)
 
     def construct(self, token_ids_T: Tensor) -> Tensor:
         if not self.split:

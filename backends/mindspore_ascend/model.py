@@ -35,13 +35,15 @@ class Block(nn.Cell):
         self.attention_norm = source.vector(f"{name}.attention_norm.weight", f"{name}.input_layernorm.weight")
         self.ffn_norm = source.vector(f"{name}.ffn_norm.weight", f"{name}.post_attention_layernorm.weight")
         self.attention = Attention(source, op_set, f"{name}.attention", f"{name}.self_attn", blocks, block_size)
-        feed_forward = MoE if spec.is_moe(layer) else FeedForward
+        self.is_moe = spec.is_moe(layer)
+        feed_forward = MoE if self.is_moe else FeedForward
         self.feed_forward = feed_forward(source, op_set, f"{name}.feed_forward", f"{name}.mlp")
-        self.total = SumOverRanks(source.ranks)
+        self.total = SumOverRanks(source.mesh.tp)
 
     def construct(
-        self, new_TD: Tensor, x_TD: Tensor | None, turn: tuple, slots_T: Tensor, view: tuple, prefill: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, new_TD: Tensor, x_TD: Tensor | None, turn: tuple, slots_T: Tensor, spread_P: Tensor | None, view: tuple,
+        prefill: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if x_TD is None:
             x_TD = new_TD
             normed_TD = self.first_norm(x_TD, self.attention_norm)
@@ -49,7 +51,8 @@ class Block(nn.Cell):
             normed_TD, x_TD = self.add_norm(new_TD, x_TD, self.attention_norm)
         new_TD = self.attention(normed_TD, turn, slots_T, view, prefill)
         normed_TD, x_TD = self.add_norm(new_TD, x_TD, self.ffn_norm)
-        return self.total(self.feed_forward(normed_TD)), x_TD
+        new_TD = self.feed_forward(normed_TD, spread_P) if self.is_moe else self.feed_forward(normed_TD)
+        return self.total(new_TD), x_TD
 
 
 class Turns(nn.Cell):
@@ -90,11 +93,13 @@ class Trunk(nn.Cell):
         self.layers = layers
         self.prefill = prefill
 
-    def construct(self, token_ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, *view: Tensor) -> Tensor:
+    def construct(
+        self, token_ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, spread_P: Tensor | None, *view: Tensor
+    ) -> Tensor:
         turn = self.layers.turns(positions_T)
         new_TD, x_TD = self.layers.embedding(token_ids_T), None
         for block in self.layers.blocks:
-            new_TD, x_TD = block(new_TD, x_TD, turn, slots_T, view, self.prefill)
+            new_TD, x_TD = block(new_TD, x_TD, turn, slots_T, spread_P, view, self.prefill)
         return x_TD + new_TD
 
 
@@ -106,7 +111,7 @@ class Project(nn.Cell):
         self.norm = op_set.RmsNorm(source.spec.rms_norm_eps)
         self.norm_weight = source.vector(*norm)
         self.matrix = Linear(source.matrix(head[0], Piece(head[1]), dtype=ms.float32))
-        self.join = JoinColumns(source.ranks)
+        self.join = JoinColumns(op_set, source.mesh.tp)
 
     def construct(self, x_OD: Tensor) -> tuple[Tensor, Tensor]:
         """FP32 logits [O, V] and their first maxima [O]."""
@@ -148,14 +153,14 @@ class MTP(nn.Cell):
         self.project = Project(source, op_set, norm, (f"{name}.head.weight", f"{canonical}.shared_head.head.weight"))
 
     def construct(
-        self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, turn: tuple, slots_T: Tensor, view: tuple,
-        prefill: bool,
+        self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, turn: tuple, slots_T: Tensor,
+        spread_P: Tensor | None, view: tuple, prefill: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if self.after_norm:
             hidden_TD = self.main_norm(hidden_TD, self.main_norm_weight)
         embedding_TD = self.norm(self.embedding(next_ids_T), self.embedding_norm)
         joined = ops.concat((embedding_TD, self.norm(hidden_TD, self.hidden_norm)), -1)
-        new_TD, x_TD = self.block(self.fuse(joined), None, turn, slots_T, view, prefill)
+        new_TD, x_TD = self.block(self.fuse(joined), None, turn, slots_T, spread_P, view, prefill)
         return self.project(ops.gather(x_TD + new_TD, rows_O, 0))
 
 
@@ -170,7 +175,7 @@ class Draft(nn.Cell):
 
     def construct(
         self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, positions_T: Tensor, slots_T: Tensor,
-        *view: Tensor,
+        spread_P: Tensor | None, *view: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         turn = self.turns(positions_T)
-        return self.mtp(hidden_TD, next_ids_T, rows_O, turn, slots_T, view, self.prefill)
+        return self.mtp(hidden_TD, next_ids_T, rows_O, turn, slots_T, spread_P, view, self.prefill)

@@ -1,7 +1,7 @@
 """Mixture of experts: FP32 routing, experts split between the ranks whole or by width, shared expert beside them.
 
-Shape letters: T tokens, D hidden, E experts of this rank, K experts a token, F features of this rank, N rows sorted by
-expert, those of other ranks' experts last.
+Shape letters: T tokens, S those of all data-parallel replicas, D hidden, E experts of this rank, K experts a token, F
+features of this rank, N rows as the op set lays them out for experts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .layers import FeedForward
 from .ops import OpSet
+from .parallel import JoinReplicas, OwnSum
 from .weights import Piece, RankWeights
 
 
@@ -35,7 +36,7 @@ class Router(nn.Cell):
 
 
 class ExpertLinear(nn.Cell):
-    """Rows sorted by expert, each times its expert's matrix; plain weights."""
+    """Rows for experts, each times its expert's matrix; plain weights."""
 
     def __init__(self, op_set: OpSet, weight_EDF: Parameter):
         super().__init__(auto_prefix=False)
@@ -67,48 +68,48 @@ def _make_experts(source: RankWeights, op_set: OpSet, name: str, canonical: str,
 
 
 class MoE(nn.Cell):
-    """This rank's share [T, D] of routed and shared experts, summed in FP32 and rounded once."""
+    """This rank's share [T, D] of routed and shared experts, summed in FP32 and rounded once.
+
+    Data-parallel replicas put their tokens together for the routed experts, which are split between all of their ranks.
+    """
 
     def __init__(self, source: RankWeights, op_set: OpSet, name: str, canonical: str):
         super().__init__(auto_prefix=False)
-        spec = source.spec
+        spec, replicas = source.spec, source.mesh.dp
         routed, experts = f"{name}.routed_experts", f"{canonical}.experts"
+        self.join = JoinReplicas(op_set, replicas)
         self.router = Router(source, op_set, f"{routed}.router", f"{canonical}.gate")
         self.first, self.held = source.experts_held.start, len(source.experts_held)
         self.is_part = self.held < spec.n_routed_experts
-        self.permute = op_set.Permute(self.held + self.is_part, spec.num_experts_per_tok)
+        self.permute = op_set.Permute(self.held, spec.num_experts_per_tok, self.is_part)
         self.gate_up = _make_experts(source, op_set, f"{routed}.ffn.w_gate_hidden", experts, "gate_proj", "up_proj")
         self.activate = op_set.SwiGLU()
         self.down = _make_experts(source, op_set, f"{routed}.ffn.w2", experts, "down_proj")
-        self.unpermute = op_set.Unpermute(spec.num_experts_per_tok)
+        self.unpermute = op_set.Unpermute(spec.num_experts_per_tok, self.is_part)
+        self.own_sum = OwnSum(op_set, replicas)
         self.has_shared = spec.n_shared_experts > 0
         self.shared: Any = None
         if self.has_shared:
             self.shared = FeedForward(source, op_set, f"{name}.shared_experts", f"{canonical}.shared_experts")
 
-    def construct(self, x_TD: Tensor) -> Tensor:
-        weight_TK, index_TK = self.router(x_TD)
-        if self.is_part:
-            index_TK = self._own_or_last(index_TK)
-        rows_ND, place_N, counts_E = self.permute(x_TD, index_TK)
-        if self.is_part:
-            counts_E = counts_E[: self.held]
-        rows_ND = self.down(self.activate(self.gate_up(rows_ND, counts_E)), counts_E)
-        if self.is_part:
-            rows_ND = self._without_others(rows_ND, counts_E)
-        y_TD = self.unpermute(rows_ND, place_N, weight_TK)
+    def construct(self, x_TD: Tensor, spread_P: Tensor | None) -> Tensor:
+        """``spread_P`` as in `parallel.JoinReplicas`; None for a single replica."""
+        y_TD = self.own_sum(self.routed(self.join(x_TD, spread_P)), x_TD)
         if self.has_shared:
             y_TD = y_TD + self.shared(x_TD).astype(ms.float32)
         return y_TD.astype(x_TD.dtype)
 
-    def _own_or_last(self, index_TK: Tensor) -> Tensor:
-        """This rank's number of each chosen expert; one past its last for all that other ranks hold."""
-        own_TK = index_TK - self.first
-        is_own_TK = ops.logical_and(own_TK >= 0, own_TK < self.held)
-        return ops.select(is_own_TK, own_TK, ops.full_like(own_TK, self.held))
+    def routed(self, x_SD: Tensor) -> Tensor:
+        """What this rank's experts add to each token, FP32 [S, D]."""
+        weight_SK, index_SK = self.router(x_SD)
+        if self.is_part:
+            index_SK = self.own_or_last(index_SK)
+        rows_ND, place_N, counts_E = self.permute(x_SD, index_SK)
+        rows_ND = self.down(self.activate(self.gate_up(rows_ND, counts_E)), counts_E)
+        return self.unpermute(rows_ND, place_N, counts_E, weight_SK)
 
-    def _without_others(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Zeros in the rows that no expert of this rank has written."""
-        row_N = ops.arange(rows_ND.shape[0])
-        is_own_N1 = (row_N < counts_E.sum()).expand_dims(1)
-        return ops.select(ops.broadcast_to(is_own_N1, rows_ND.shape), rows_ND, ops.zeros_like(rows_ND))
+    def own_or_last(self, index_SK: Tensor) -> Tensor:
+        """This rank's number of each chosen expert; one past its last for all that other ranks hold."""
+        own_SK = index_SK - self.first
+        is_own_SK = ops.logical_and(own_SK >= 0, own_SK < self.held)
+        return ops.select(is_own_SK, own_SK, ops.full_like(own_SK, self.held))

@@ -4,14 +4,17 @@ A sequence with few new tokens decodes, each of its tokens for itself; one with 
 up to a bounded number of tokens, and a longer one in pieces: a piece at an offset is a prompt whose earlier tokens are
 in the cache.
 
+Data-parallel replicas run as many parts each, because they meet in every layer: one that has fewer runs idle ones.
+
 Shape letters: T tokens of the step, P tokens of a part, B sequences of a part, S visible tokens of a prompt part, M
-blocks of a table.
+blocks of a table, R rows that every replica gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +40,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a trunk graph. ``view`` is `model.Trunk`'s; rows are those of the step."""
+    """One run of a trunk graph. ``view`` and ``spread_R`` are `model.Trunk`'s; rows are those of the step."""
 
     prefill: bool
     rows_P: NDArray[np.int64]
     positions_P: IntArray
     slots_P: IntArray
     view: tuple[IntArray, ...]
+    spread_R: IntArray | None = None  # with data-parallel replicas
+
+    def take(self, ids_T: IntArray) -> IntArray:
+        """The part's among the step's token ids; any for a part that is idle."""
+        return ids_T[self.rows_P] if len(self.rows_P) else np.zeros(len(self.positions_P), np.int32)
 
 
 def make_parts(batch: StepBatch, block_size: int, prefill_tokens: int) -> Iterator[Part]:
@@ -58,6 +66,38 @@ def make_parts(batch: StepBatch, block_size: int, prefill_tokens: int) -> Iterat
         yield _decode_part(decoding, batch.block_tables_BM, block_size)
     for group in _prefill_groups([segment for segment in whole if segment not in decoding], prefill_tokens):
         yield _prefill_part(group, batch.block_tables_BM, block_size)
+
+
+def make_shared_parts(own: Iterator[Part], rooms: list[int], spare_slot: int) -> Iterator[Part]:
+    """A replica's parts, filled up to the number of ``rooms`` with idle ones, which write ``spare_slot``."""
+    for part, room in zip_longest(own, rooms):
+        yield _in_room(part or _idle_part(spare_slot), room)
+
+
+def rooms_of(query_lens_B: IntArray, replica_B: NDArray[np.int64], replicas: int, prefill_tokens: int) -> list[int]:
+    """For each run of a step's parts, the rows that every replica gives: the most tokens that one has."""
+    sizes = [_part_sizes(query_lens_B[replica_B == replica], prefill_tokens) for replica in range(replicas)]
+    return [max(together) for together in zip_longest(*sizes, fillvalue=1)]
+
+
+def _part_sizes(query_lens_B: IntArray, prefill_tokens: int) -> list[int]:
+    """How many tokens each of `make_parts`'s has."""
+    decodes_B = query_lens_B <= DECODE_QUERIES
+    decoding, prompts = int(query_lens_B[decodes_B].sum()), int(query_lens_B[~decodes_B].sum())
+    full, rest = divmod(prompts, prefill_tokens)
+    return [size for size in (decoding, *[prefill_tokens] * full, rest) if size]
+
+
+def _in_room(part: Part, room: int) -> Part:
+    spread_R = np.zeros(room, np.int32)
+    spread_R[: len(part.positions_P)] = np.arange(len(part.positions_P))
+    return replace(part, spread_R=spread_R)
+
+
+def _idle_part(slot: int) -> Part:
+    """One token that nobody asked for."""
+    zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+    return Part(False, np.zeros(0, np.int64), zero, np.full(1, slot, np.int32), (np.zeros((1, 1), np.int32), one))
 
 
 def _prefill_groups(segments: list[Segment], tokens: int) -> Iterator[list[Segment]]:

@@ -37,9 +37,9 @@ from ...convert.random_weights import RandomWeights  # noqa: E402
 from ...models.catalog import load_spec  # noqa: E402
 from ...models.sharding import Grid, check_divides  # noqa: E402
 from ...models.spec import ModelSpec  # noqa: E402
+from .mesh import Group, Mesh  # noqa: E402
 from .model import MTP, Draft, Head, Layers, Trunk  # noqa: E402
 from .ops import ascend  # noqa: E402
-from .parallel import JoinColumns  # noqa: E402
 from .weights import RankWeights  # noqa: E402
 
 # What a CPU has no kernel for: the fused operators, and plain ones in BF16.
@@ -58,6 +58,7 @@ _NO_OPERATORS = frozenset(("TupleGetItem", "MakeTuple", "Load", "UpdateState", "
 BLOCKS, BLOCK_SIZE, POSITIONS = 512, 64, 4096
 PROMPTS, PROMPT_TOKENS, CONTEXT_TOKENS = 3, 384, 256
 DECODING, TABLE = 32, 16
+SPREAD = 5  # rows that another replica has more
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Placeholders(RankWeights):
             return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)
 
 
-def type_check(cell: nn.Cell, *inputs: Tensor) -> Outcome:
+def type_check(cell: nn.Cell, *inputs: Tensor | None) -> Outcome:
     """Compile ``cell`` for a CPU as far as that goes.
 
     Returns when kernel selection refused an operator that only an NPU has; any other end is raised: a shape or type
@@ -101,30 +102,22 @@ def _operators() -> Counter[str]:
     return Counter(name for name in names if name not in _NO_OPERATORS)
 
 
-def graphs(spec: ModelSpec, tp: int, int8: bool, ep: int = 1) -> Iterator[tuple[str, nn.Cell, tuple[Tensor, ...]]]:
-    """Every graph of the first of ``tp`` ranks: its name, the cell and inputs of fixed lengths."""
-    grid = Grid(tp=tp, ep=ep)
+def graphs(spec: ModelSpec, grid: Grid, int8: bool) -> Iterator[tuple[str, nn.Cell, tuple[Tensor | None, ...]]]:
+    """Every graph of the first rank: its name, the cell and inputs of fixed lengths."""
     check_divides(spec, grid)
-    source = Placeholders(spec, RandomWeights(spec), grid, 0, ms.bfloat16, int8)
+    mesh = Mesh(grid, 0, tp=Group(grid.tp), dp=Group(grid.dp))
+    source = Placeholders(spec, RandomWeights(spec), mesh, ms.bfloat16, int8)
     layers = Layers(source, ascend, POSITIONS, BLOCKS, BLOCK_SIZE)
     head = Head(source, ascend)
     mtp = MTP(source, ascend, head, BLOCKS, BLOCK_SIZE)
-    _tell_ranks(tp, head, mtp)
     for name, prefill in (("prefill", True), ("decode", False)):
         tokens = PROMPTS * PROMPT_TOKENS if prefill else DECODING
         hidden, rows = _zeros(tokens, spec.hidden_size, dtype=ms.bfloat16), _zeros(PROMPTS)
-        where, view = (_zeros(tokens), _zeros(tokens)), _view(prefill)
+        spread = _zeros(tokens + SPREAD) if grid.dp > 1 else None
+        where, view = (_zeros(tokens), _zeros(tokens), spread), _view(prefill)
         yield name, Trunk(layers, prefill), (_zeros(tokens), *where, *view)
         yield f"draft {name}", Draft(layers.turns, mtp, prefill), (hidden, _zeros(tokens), rows, *where, *view)
     yield "head", head, (hidden, rows)
-
-
-def _tell_ranks(tp: int, *cells: nn.Cell) -> None:
-    """Without the other ranks, the size of what is gathered from them has to be said."""
-    for cell in cells:
-        for _, part in cell.cells_and_names():
-            if isinstance(part, JoinColumns) and tp > 1:
-                part.gather.add_prim_attr("rank_size", tp)
 
 
 def _zeros(*shape: int, dtype: ms.Type = ms.int32) -> Tensor:
@@ -142,13 +135,15 @@ def main() -> int:
     parser.add_argument("--spec", default="deepseek_v3")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--dtype", choices=("bf16", "w8a8"), default="bf16")
     options = parser.parse_args()
     ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
     spec = load_spec(options.spec).replace(layers)
-    for name, cell, inputs in graphs(spec, options.tp, options.dtype == "w8a8", options.ep):
+    grid = Grid(tp=options.tp, ep=options.ep, dp=options.dp)
+    for name, cell, inputs in graphs(spec, grid, options.dtype == "w8a8"):
         outcome = type_check(cell, *inputs)
         print(
             json.dumps(

@@ -6,6 +6,7 @@ Shape letters as in `backends.base`; P tokens of a part, Q outputs of a part.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import mindspore as ms
 import numpy as np
@@ -14,29 +15,32 @@ from numpy.typing import NDArray
 
 from ...configs.schema import RunConfig
 from ...models.errors import InputError
-from ...models.sharding import Grid, check_divides, shards
+from ...models.sharding import check_divides, shards
 from ...models.spec import ModelSpec
-from ..base import FloatArray, IntArray, Rank, StepBatch, StepResult, Weights, next_tokens, output_rows
+from ..base import FloatArray, IntArray, StepBatch, StepResult, Weights, next_tokens, output_rows
 from ..limits import cache_blocks, check_supported
 from ..memory import check_memory
+from ..shares import Share, share_of
 from .device import CPU, DTYPES, choose_device, choose_dtype, native_dtype
 from .graphs import Graphs
 from .model import MTP, Head, Layers
 from .ops import op_set
-from .plan import Part, make_parts
+from .plan import Part, make_parts, make_shared_parts, rooms_of
+from .rank import MindSporeRank
 from .weights import RankWeights, rank_bytes
 
 
 class MindSporeRunner:
-    def __init__(self, spec: ModelSpec, run: RunConfig, rank: Rank):
+    def __init__(self, spec: ModelSpec, run: RunConfig, rank: MindSporeRank):
         check_supported(spec, run)
         self._device = choose_device(run)
         self.dtype, self.kv_dtype = choose_dtype(run, self._device), native_dtype(self._device)
-        self._grid = Grid(tp=run.parallel.tp, ep=run.parallel.ep)
-        check_divides(spec, self._grid)
+        self._mesh = rank.mesh
+        check_divides(spec, self._mesh.grid)
         self.spec = spec
         self.block_size = run.engine.block_size
-        self.kv_blocks = cache_blocks(run)
+        self._replica_blocks = cache_blocks(run, self._mesh.dp.size)
+        self.kv_blocks = self._mesh.dp.size * self._replica_blocks
         self._rank = rank
         self._positions = run.engine.max_seq_len
         self._ops = op_set(self._device)
@@ -46,31 +50,56 @@ class MindSporeRunner:
         has_mtp = weights.has_mtp and spec.num_nextn_predict_layers > 0
         if self._device == CPU:
             self._check_host_memory(has_mtp, dtype)
-        source = RankWeights(spec, weights, self._grid, self._rank.rank, dtype, int8=self.dtype == "w8a8")
-        layers = Layers(source, operators, self._positions, self.kv_blocks, self.block_size)
+        source = RankWeights(spec, weights, self._mesh, dtype, int8=self.dtype == "w8a8")
+        blocks = self._cached_blocks
+        layers = Layers(source, operators, self._positions, blocks, self.block_size)
         head = Head(source, operators)
-        mtp = MTP(source, operators, head, self.kv_blocks, self.block_size) if has_mtp else None
-        self.graphs: Graphs | None = Graphs(spec, layers, head, mtp, dtype)
+        mtp = MTP(source, operators, head, blocks, self.block_size) if has_mtp else None
+        self.graphs: Graphs | None = Graphs(spec, layers, head, mtp, dtype, self._mesh.dp.size)
 
     def step(self, batch: StepBatch) -> StepResult:
         assert self.graphs is not None, "closed"
         if batch.draft and not self.graphs.has_drafts:
             raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
-        outputs = Outputs(batch, self.spec.vocab_size)
-        for part in make_parts(batch, self.block_size, self._ops.PREFILL_TOKENS):
-            _run(self.graphs, batch, part, outputs)
-        return outputs.result()
+        share = share_of(batch, self._mesh.dp.size, self._mesh.dp.index, self._replica_blocks)
+        outputs = Outputs(share.batch, self.spec.vocab_size)
+        for part in self._parts(batch, share):
+            _run(self.graphs, share.batch, part, outputs)
+        return outputs.result() if self._mesh.dp.size == 1 else self._whole(outputs.result(), share)
+
+    def _parts(self, batch: StepBatch, share: Share) -> Iterator[Part]:
+        own = make_parts(share.batch, self.block_size, self._ops.PREFILL_TOKENS)
+        if self._mesh.dp.size == 1:
+            return own
+        rooms = rooms_of(batch.query_lens_B, share.replica_B, self._mesh.dp.size, self._ops.PREFILL_TOKENS)
+        return make_shared_parts(own, rooms, self._replica_blocks * self.block_size)
+
+    def _whole(self, own: StepResult, share: Share) -> StepResult:
+        """The result of all replicas, on every rank; the first rank of a replica speaks for it."""
+        is_own_O = share.replica_O == (self._mesh.dp.index if self._mesh.tp.index == 0 else -1)
+
+        def whole(own_Q: NDArray) -> NDArray:
+            room_O = np.zeros((len(is_own_O), *own_Q.shape[1:]), own_Q.dtype)
+            room_O[is_own_O] = own_Q[: is_own_O.sum()]
+            return self._rank.joined(room_O)
+
+        return StepResult(**{name: whole(values) for name, values in vars(own).items() if values is not None})
 
     def close(self) -> None:
         self.graphs = None
 
+    @property
+    def _cached_blocks(self) -> int:
+        """With replicas, one more than the engine counts: tokens of idle parts are written somewhere."""
+        return self._replica_blocks + (self._mesh.dp.size > 1)
+
     def _check_host_memory(self, has_mtp: bool, dtype: ms.Type) -> None:
         spec = self.spec
-        held = list(shards(spec, self._grid, self._rank.rank, mtp=has_mtp))
+        held = list(shards(spec, self._mesh.grid, self._mesh.rank, mtp=has_mtp))
         layers = spec.num_hidden_layers + (spec.num_nextn_predict_layers if has_mtp else 0)
-        cache_bytes = 4 * math.prod((layers, self.kv_blocks, self.block_size, spec.latent_dim))
+        cache_bytes = 4 * math.prod((layers, self._cached_blocks, self.block_size, spec.latent_dim))
         what = f"{self.dtype} weights and cache of {self.kv_blocks * self.block_size} tokens"
-        check_memory(self._grid.world_size * (rank_bytes(held, dtype, self.dtype == "w8a8") + cache_bytes), what)
+        check_memory(self._rank.world_size * (rank_bytes(held, dtype, self.dtype == "w8a8") + cache_bytes), what)
 
 
 class Outputs:
@@ -108,7 +137,7 @@ class Outputs:
 
 def _run(graphs: Graphs, batch: StepBatch, part: Part, outputs: Outputs) -> None:
     """One part of a step: its tokens into the cache, its outputs into ``outputs``."""
-    hidden_PD = graphs.hidden(part, batch.token_ids_T[part.rows_P])
+    hidden_PD = graphs.hidden(part, part.take(batch.token_ids_T))
     chosen_Q, rows_Q = outputs.of(part)
     if len(chosen_Q):
         logits_QV, greedy_Q = graphs.logits(hidden_PD, rows_Q)
@@ -117,7 +146,7 @@ def _run(graphs: Graphs, batch: StepBatch, part: Part, outputs: Outputs) -> None
             outputs.logits_OV[chosen_Q] = logits_QV.asnumpy()
     if outputs.draft_ids_O is None:
         return
-    next_ids_P = next_tokens(batch, outputs.rows_O, outputs.token_ids_O)[part.rows_P]
+    next_ids_P = part.take(next_tokens(batch, outputs.rows_O, outputs.token_ids_O))
     # Without outputs the layer still writes its cache; the head then sees a row that nobody asked for.
     logits_RV, greedy_R = graphs.draft(part, hidden_PD, next_ids_P, rows_Q if len(rows_Q) else np.zeros(1, np.int64))
     outputs.draft_ids_O[chosen_Q] = greedy_R[: len(chosen_Q)]

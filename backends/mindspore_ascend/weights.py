@@ -23,9 +23,10 @@ from ...models.dtypes import f32_to_bf16
 from ...models.errors import InputError
 from ...models.params import parameters
 from ...models.quantise import quantise_int8_channels
-from ...models.sharding import Grid, Shard, shards
+from ...models.sharding import Shard, shards
 from ...models.spec import ModelSpec
 from ..base import Weights
+from .mesh import Mesh
 
 _READ_AS = {ms.float32: "f32", ms.bfloat16: "bf16"}
 
@@ -45,16 +46,16 @@ class RankWeights:
     missing or left over, and when a parameter is made for a wrong shape.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, grid: Grid, rank: int, dtype: ms.Type, int8: bool = False):
+    def __init__(self, spec: ModelSpec, weights: Weights, mesh: Mesh, dtype: ms.Type, int8: bool = False):
         self.spec = spec
         self.dtype = dtype
         self.int8 = int8
-        self.ranks = grid.tp
-        self.experts_held = _experts_held(spec, grid, rank)
+        self.mesh = mesh
+        self.experts_held = _experts_held(spec, mesh)
         self.has_mtp = weights.has_mtp and spec.num_nextn_predict_layers > 0
         self._weights = weights
         _check_names([param.name for param in parameters(spec, mtp=weights.has_mtp)], list(weights.names()))
-        self._shards = {shard.param.name: shard for shard in shards(spec, grid, rank, mtp=weights.has_mtp)}
+        self._shards = {shard.param.name: shard for shard in shards(spec, mesh.grid, mesh.rank, mtp=weights.has_mtp)}
         self.first_token = self._start_row("model.embed_tokens.weight")
 
     def vector(self, name: str, canonical: str, dtype: ms.Type | None = None) -> Parameter:
@@ -172,10 +173,10 @@ class RankWeights:
         return rows[0] if rows else 0
 
 
-def _experts_held(spec: ModelSpec, grid: Grid, rank: int) -> range:
+def _experts_held(spec: ModelSpec, mesh: Mesh) -> range:
     """The routed experts of which this rank holds all or, with other ranks of its group, a slice of the width."""
-    each = spec.n_routed_experts // grid.ep
-    first = grid.position(rank).expert_group * each
+    each = spec.n_routed_experts // mesh.grid.ep
+    first = mesh.grid.position(mesh.rank).expert_group * each
     return range(first, first + each)
 
 

@@ -36,8 +36,8 @@ def single():
         ]
 
 
-def write_run(folder, tp, nodes=1, timeout=120, ep=1):
-    """The run of the embedded model over ``tp`` workers, as a YAML."""
+def write_run(folder, tp, nodes=1, timeout=120, ep=1, dp=1):
+    """The run of the embedded model over ``tp`` times ``dp`` workers, as a YAML."""
     path = folder / "run.yaml"
     path.write_text(
         f"""
@@ -45,10 +45,10 @@ model: {{spec: demo}}
 backend: mindspore_ascend
 device: cpu
 dtype: fp32
-parallel: {{tp: {tp}, ep: {ep}}}
+parallel: {{tp: {tp}, ep: {ep}, dp: {dp}}}
 engine: {{max_batch: 8, max_seq_len: 256}}
 sampling: {{temperature: 0}}
-launch: {{launcher: msrun, nodes: {nodes}, procs_per_node: {tp // nodes}, master_port: {free_port()},
+launch: {{launcher: msrun, nodes: {nodes}, procs_per_node: {tp * dp // nodes}, master_port: {free_port()},
          log_dir: {folder / "log"}, timeout: {timeout}, env: {{OMP_NUM_THREADS: "1"}}}}
 """
     )
@@ -59,9 +59,9 @@ def generate_arguments():
     return ["generate", "--json", "--max-new-tokens", str(TOKENS), *(f"--prompt={prompt}" for prompt in PROMPTS)]
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 2)])
-def test_several_workers_give_the_tokens_of_one(single, tmp_path, tp, ep):
-    job = launch(write_run(tmp_path, tp, ep=ep), *generate_arguments())
+@pytest.mark.parametrize(("tp", "ep", "dp"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (1, 2, 2), (1, 1, 2), (2, 4, 2)])
+def test_several_workers_give_the_tokens_of_one(single, tmp_path, tp, ep, dp):
+    job = launch(write_run(tmp_path, tp, ep=ep, dp=dp), *generate_arguments())
     output, messages = job.communicate(timeout=400)
     assert job.returncode == 0, messages
     assert token_ids(output) == single

@@ -107,21 +107,21 @@ def test_route(name):
     np.testing.assert_allclose(weights, wanted_weights, rtol=1e-5)
 
 
-def test_permute_multiply_unpermute_is_the_weighted_sum_over_experts():
+@pytest.mark.parametrize("held", [7, 4], ids=["all-experts", "experts-elsewhere"])
+def test_permute_multiply_unpermute_is_the_weighted_sum_over_experts(held):
     tokens, hidden, width, experts, kept = 9, 6, 5, 7, 3
-    x, matrices = normal(tokens, hidden), normal(experts, hidden, width)
+    x, first, second = normal(tokens, hidden), normal(held, hidden, width), normal(held, width, hidden)
     index = np.stack([RNG.permutation(experts)[:kept] for _ in range(tokens)]).astype(np.int32)
     weights = normal(tokens, kept)
-    rows, place, counts = run(composite.Permute(experts, kept), x, index)
-    np.testing.assert_array_equal(counts, np.bincount(index.reshape(-1), minlength=experts))
-    np.testing.assert_array_equal(rows[place], np.repeat(x, kept, axis=0))
-    assert (np.diff(np.repeat(np.arange(experts), counts)) >= 0).all()
-    products = run(composite.GroupedMatmul(), rows, matrices, counts)
-    np.testing.assert_allclose(
-        products[place], np.einsum("nd,ndf->nf", rows[place], matrices[index.reshape(-1)]), atol=1e-5
-    )
-    wanted = np.einsum("tk,td,tkdf->tf", weights, x, matrices[index])
-    np.testing.assert_allclose(run(composite.Unpermute(kept), products, place, weights), wanted, atol=1e-5)
+    own = np.minimum(index, held)  # one past the last for all that other ranks hold
+    rows, place, counts = run(composite.Permute(held, kept, held < experts), x, own)
+    np.testing.assert_array_equal(counts, np.bincount(own.reshape(-1), minlength=experts)[:held])
+    middle = run(composite.GroupedMatmul(), rows, first, counts)
+    products = run(composite.GroupedMatmul(), middle, second, counts)
+    np.testing.assert_allclose(products, np.einsum("td,edf,efg->etg", x, first, second), atol=1e-4)
+    got = run(composite.Unpermute(kept, held < experts), products, place, counts, weights)
+    wanted = np.einsum("tke,tk,etg->tg", np.eye(held + 1, dtype=np.float32)[own][..., :held], weights, products)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
 def test_swiglu():
@@ -151,13 +151,13 @@ def test_quant_matmul_sums_exactly():
     np.testing.assert_allclose(got, total * scale_t[:, None] * scale_f, rtol=1e-6)
 
 
-def test_quant_grouped_matmul_uses_each_expert_s_codes_and_scales():
+@pytest.mark.parametrize("rows", [1, 3], ids=["the-same-for-all", "each-its-own"])
+def test_quant_grouped_matmul_uses_each_expert_s_codes_and_scales(rows):
+    q, weight, scale_et, scale_ef = codes_of(rows, 5, 30), codes_of(3, 30, 4), normal(rows, 5), normal(3, 4)
     counts = np.array([2, 0, 3], np.int64)
-    expert = np.repeat(np.arange(3), counts)
-    q, weight, scale_n, scale_ef = codes_of(5, 30), codes_of(3, 30, 4), normal(5), normal(3, 4)
-    total = np.einsum("nd,ndf->nf", q.astype(np.int64), weight[expert].astype(np.int64))
-    got = run(composite.QuantGroupedMatmul(ms.float32), q, scale_n, weight, scale_ef, counts)
-    np.testing.assert_allclose(got, total * scale_n[:, None] * scale_ef[expert], rtol=1e-6)
+    total = np.einsum("etd,edf->etf", np.broadcast_to(q, (3, 5, 30)).astype(np.int64), weight.astype(np.int64))
+    got = run(composite.QuantGroupedMatmul(ms.float32), q, scale_et, weight, scale_ef, counts)
+    np.testing.assert_allclose(got, total * scale_et[:, :, None] * scale_ef[:, None], rtol=1e-6)
 
 
 def test_the_hash_is_bit_exact():

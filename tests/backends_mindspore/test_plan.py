@@ -6,7 +6,8 @@ import pytest
 from deepspan.backends.base import Sampling, StepBatch
 
 pytest.importorskip("mindspore", reason="mindspore is not installed")
-from deepspan.backends.mindspore_ascend.plan import make_parts
+from deepspan.backends.mindspore_ascend.plan import make_parts, make_shared_parts, rooms_of
+from deepspan.backends.shares import share_of
 
 BLOCK = 4
 
@@ -70,3 +71,19 @@ def test_a_piece_of_a_prompt_sees_everything_before_it():
     slots, query_ends, key_ends = second.view
     assert query_ends.tolist() == [6] and key_ends.tolist() == [15]
     assert slots.tolist() == [slot(batch, 1, position) for position in range(15)]
+
+
+@pytest.mark.parametrize("limit", [5, 1000])
+def test_replicas_run_as_many_parts_with_as_much_room(limit):
+    batch, blocks, spare = step([1, 9, 2, 30, 5], [6, 0, 3, 11, 0]), 11, 999
+    shares = [share_of(batch, 5, replica, blocks) for replica in range(5)]
+    rooms = rooms_of(batch.query_lens_B, shares[0].replica_B, 5, limit)
+    parts = [list(make_shared_parts(make_parts(share.batch, BLOCK, limit), rooms, spare)) for share in shares]
+    assert {len(found) for found in parts} == {len(rooms)}
+    for together, room in zip(zip(*parts, strict=True), rooms, strict=True):
+        counts = [len(part.positions_P) for part in together]
+        assert max(counts) == room and min(counts) >= 1
+        for part, count in zip(together, counts, strict=True):
+            assert part.spread_R.tolist() == [*range(count), *[0] * (room - count)]
+            assert len(part.rows_P) == count or part.slots_P.tolist() == [spare], "idle parts write where nobody reads"
+    assert [sum(len(part.rows_P) for part in found) for found in parts] == shares[0].tokens

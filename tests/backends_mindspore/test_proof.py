@@ -68,7 +68,7 @@ ms.set_device("CPU")
 ms.set_context(mode=ms.GRAPH_MODE)
 layers = dict(num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)
 spec = proof.load_spec("deepseek_v3").replace(layers)
-for name, cell, inputs in proof.graphs(spec, {tp}, {int8}):
+for name, cell, inputs in proof.graphs(spec, proof.Grid(tp={tp}), {int8}):
     if name == {graph!r}:
         print("refused", proof.type_check(cell, *inputs).refused)
 """

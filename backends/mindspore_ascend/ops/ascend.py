@@ -15,6 +15,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import auto_generate as fused
 
 from ....models.spec import ModelSpec
+from ..mesh import Group
 from . import composite
 
 PREFILL_TOKENS = 4096  # the FP32 rows that experts' results are summed from are K times as many
@@ -137,26 +138,38 @@ class Route(nn.Cell):
 
 
 class Permute(nn.Cell):
-    def __init__(self, experts: int, kept: int):
+    """Rows [N, D] sorted by expert, those of other ranks' experts last, where each went [N], how many each has [E]."""
+
+    def __init__(self, experts: int, kept: int, is_part: bool):
         super().__init__(auto_prefix=False)
         self.experts = experts
+        self.numbers = experts + is_part
         self.permute = fused.MoeInitRoutingV2()
 
     def construct(self, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         all_rows, no_capacity, drop_nothing, as_counts = 0, 0, 0, 2
         rows_ND, place_N, counts_E, _ = self.permute(
-            x_TD, index_TK, all_rows, no_capacity, self.experts, drop_nothing, as_counts, False
+            x_TD, index_TK, all_rows, no_capacity, self.numbers, drop_nothing, as_counts, False
         )
-        return rows_ND, place_N, counts_E.astype(ms.int64)
+        return rows_ND, place_N, counts_E[: self.experts].astype(ms.int64)
 
 
 class Unpermute(nn.Cell):
-    def __init__(self, kept: int):
+    def __init__(self, kept: int, is_part: bool):
         super().__init__(auto_prefix=False)
+        self.is_part = is_part
         self.unpermute = fused.MoeTokenUnpermute()
 
-    def construct(self, rows_ND: Tensor, place_N: Tensor, weight_TK: Tensor) -> Tensor:
+    def construct(self, rows_ND: Tensor, place_N: Tensor, counts_E: Tensor, weight_TK: Tensor) -> Tensor:
+        if self.is_part:
+            rows_ND = self.without_others(rows_ND, counts_E)
         return self.unpermute(rows_ND.astype(ms.float32), place_N, weight_TK, False, None)
+
+    def without_others(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Zeros in the rows that no expert of this rank has written."""
+        row_N = ops.arange(rows_ND.shape[0])
+        is_own_N1 = (row_N < counts_E.sum()).expand_dims(1)
+        return ops.select(ops.broadcast_to(is_own_N1, rows_ND.shape), rows_ND, ops.zeros_like(rows_ND))
 
 
 _ONE_TENSOR, _BY_ROWS, _COUNTS, _NO_ACTIVATION = 3, 0, 1, 0  # GroupedMatmulV4's split_item and the three after it
@@ -214,3 +227,23 @@ class QuantGroupedMatmul(nn.Cell):
             [q_ND], [weight_EDF], None, [scale_EF], None, None, None, [scale_N], counts_E, None, None, None,
             _ONE_TENSOR, _BY_ROWS, _COUNTS, _NO_ACTIVATION, self.dtype,
         )[0]  # fmt: skip
+
+
+class AllGather(nn.Cell):
+    def __init__(self, group: Group):
+        super().__init__(auto_prefix=False)
+        self.gather = ops.AllGather(group.name)
+        self.gather.add_prim_attr("rank_size", group.size)  # a proof on one machine has no group to ask
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        return self.gather(x_TD)
+
+
+class ReduceScatter(nn.Cell):
+    def __init__(self, group: Group):
+        super().__init__(auto_prefix=False)
+        self.scatter = ops.ReduceScatter(group=group.name)
+        self.scatter.add_prim_attr("rank_size", group.size)
+
+    def construct(self, x_SD: Tensor) -> Tensor:
+        return self.scatter(x_SD)

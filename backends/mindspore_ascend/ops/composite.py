@@ -1,19 +1,22 @@
 """Every fused operator written out in plain ones: what runs on a CPU, and the definition of the fused operator.
 
-Mixtures of experts multiply every row by every expert and keep its own: right for small models, and the only form with
-static shapes that plain operators allow.
+Every expert multiplies every token, and the weights drop what was not chosen: right for small models, and the only form
+with static shapes that plain operators allow. Between `Permute` and `Unpermute`, rows are therefore [E, T, ...], where
+the fused operators sort a row for each choice.
 
-Shape letters: T tokens, H heads, X cache entry (latent and rope key), C latent, R rope dim, S visible positions, D
-hidden, E experts, K experts a token, N rows sorted by expert (T times K), F features, B sequences, M blocks, G groups.
+Shape letters: T tokens, H heads, X cache entry (latent and rope key), C latent, R rope dim or ranks, S visible
+positions or rows of all ranks, D hidden, E experts, K experts a token, F features, B sequences, M blocks, G groups.
 """
 
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ....models.routing import NORMALISE_EPSILON
 from ....models.spec import ModelSpec
+from ..mesh import Group
 
 MASKED = float("-inf")
 EXACT = ms.float64  # holds every sum of INT8 products that a matrix of the family can give
@@ -181,48 +184,41 @@ class Route(nn.Cell):
 
 
 class Permute(nn.Cell):
-    """Tokens repeated K times and sorted by expert."""
+    """Tokens as rows for experts. Experts of other ranks have the number one past the last."""
 
-    def __init__(self, experts: int, kept: int):
+    def __init__(self, experts: int, kept: int, is_part: bool):
         super().__init__(auto_prefix=False)
         self.experts = experts
-        self.kept = kept
 
     def construct(self, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [N, D], where each (token, choice) went [N], and how many rows each expert has [E] (int64)."""
-        expert_N = index_TK.reshape(-1)
-        order_N = ops.argsort(expert_N)
-        place_N = ops.argsort(order_N)
-        counts_E = ops.one_hot(expert_N, self.experts, Tensor(1, ms.int32), Tensor(0, ms.int32)).sum(0)
-        return ops.gather(x_TD, order_N // self.kept, 0), place_N, counts_E.astype(ms.int64)
+        """Rows [1, T, D], the same for every expert, who is chosen by whom [T, K, E], and by how many [E] (int64)."""
+        chosen_TKE = ops.one_hot(index_TK, self.experts, Tensor(1.0, ms.float32), Tensor(0.0, ms.float32))
+        return x_TD.expand_dims(0), chosen_TKE, chosen_TKE.sum((0, 1)).astype(ms.int64)
 
 
 class Unpermute(nn.Cell):
-    """The inverse of `Permute`: the weighted sum [T, D] of each token's K rows, in FP32."""
+    """The inverse of `Permute`: the weighted sum [T, D] of what each token's experts made of it, in FP32."""
 
-    def __init__(self, kept: int):
+    def __init__(self, kept: int, is_part: bool):
         super().__init__(auto_prefix=False)
-        self.kept = kept
+        self.product = ops.BatchMatMul()
 
-    def construct(self, rows_ND: Tensor, place_N: Tensor, weight_TK: Tensor) -> Tensor:
-        rows_TKD = ops.gather(rows_ND, place_N, 0).reshape(-1, self.kept, rows_ND.shape[1]).astype(ms.float32)
-        return (rows_TKD * weight_TK.expand_dims(2)).sum(1)
+    def construct(self, rows_ETD: Tensor, chosen_TKE: Tensor, counts_E: Tensor, weight_TK: Tensor) -> Tensor:
+        weight_T1E = self.product(weight_TK.expand_dims(1), chosen_TKE)
+        return self.product(weight_T1E, rows_ETD.astype(ms.float32).transpose(1, 0, 2)).squeeze(1)
 
 
 class GroupedMatmul(nn.Cell):
-    """Rows [N, D] sorted by expert, each times its expert's matrix of [E, D, F]."""
+    """Each expert's rows [E, T, D], or the same for all [1, T, D], times its matrix of [E, D, F]."""
 
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
         self.product = ops.BatchMatMul()
 
-    def construct(self, rows_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
-        experts, width = weight_EDF.shape[0], weight_EDF.shape[1]
-        ends_E1 = ops.cumsum(counts_E.astype(ms.float32), 0).expand_dims(1)
-        row_N = ops.arange(rows_ND.shape[0]).astype(ms.float32).expand_dims(0)
-        mine_EN = ops.logical_and(row_N < ends_E1, row_N >= ends_E1 - counts_E.astype(ms.float32).expand_dims(1))
-        every_END = ops.broadcast_to(rows_ND.expand_dims(0), (experts, -1, width))
-        return (self.product(every_END, weight_EDF) * mine_EN.astype(rows_ND.dtype).expand_dims(2)).sum(0)
+    def construct(self, rows_ETD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+        if rows_ETD.shape[0] != weight_EDF.shape[0]:
+            rows_ETD = ops.broadcast_to(rows_ETD, (weight_EDF.shape[0], -1, weight_EDF.shape[1]))
+        return self.product(rows_ETD, weight_EDF)
 
 
 class SwiGLU(nn.Cell):
@@ -234,12 +230,12 @@ class SwiGLU(nn.Cell):
 
 
 class DynamicQuant(nn.Cell):
-    """INT8 codes [T, D] and FP32 scales [T]: each token's largest value becomes 127."""
+    """INT8 codes [..., D] and FP32 scales [...]: each row's largest value becomes 127."""
 
-    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        wide_TD = x_TD.astype(ms.float32)
-        scale_T1 = ops.maximum(wide_TD.abs().max(-1, keepdims=True), SMALLEST) / 127
-        return ops.round(wide_TD / scale_T1).astype(ms.int8), scale_T1.squeeze(1)
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.astype(ms.float32)
+        scale = ops.maximum(wide.abs().max(-1, keepdims=True), SMALLEST) / 127
+        return ops.round(wide / scale).astype(ms.int8), scale.squeeze(-1)
 
 
 class QuantMatmul(nn.Cell):
@@ -256,20 +252,43 @@ class QuantMatmul(nn.Cell):
 
 
 class QuantGroupedMatmul(nn.Cell):
-    """`GroupedMatmul` of codes: rows [N, D] with scales [N], stacks [E, D, F] with scales [E, F]."""
+    """`GroupedMatmul` of codes: rows with scales [E, T] or [1, T], stacks [E, D, F] with scales [E, F]."""
 
     def __init__(self, dtype: ms.Type):
         super().__init__(auto_prefix=False)
         self.dtype = dtype
         self.product = GroupedMatmul()
-        self.spread = GroupedMatmul()
 
     def construct(
-        self, q_ND: Tensor, scale_N: Tensor, weight_EDF: Tensor, scale_EF: Tensor, counts_E: Tensor
+        self, q_ETD: Tensor, scale_ET: Tensor, weight_EDF: Tensor, scale_EF: Tensor, counts_E: Tensor
     ) -> Tensor:
-        total_NF = self.product(q_ND.astype(EXACT), weight_EDF.astype(EXACT), counts_E).astype(ms.float32)
-        # A product with a single one picks each row's expert.
-        scale_NF = self.spread(
-            ops.ones_like(scale_N).expand_dims(1), scale_EF.astype(ms.float32).expand_dims(1), counts_E
-        )
-        return (total_NF * scale_N.expand_dims(1) * scale_NF).astype(self.dtype)
+        total_ETF = self.product(q_ETD.astype(EXACT), weight_EDF.astype(EXACT), counts_E).astype(ms.float32)
+        scale_E1F = scale_EF.astype(ms.float32).expand_dims(1)
+        return (total_ETF * scale_ET.expand_dims(2) * scale_E1F).astype(self.dtype)
+
+
+class AllGather(nn.Cell):
+    """The ranks' rows below each other, [T, D] to [R * T, D]: a sum in which each rank fills its own place."""
+
+    def __init__(self, group: Group):
+        super().__init__(auto_prefix=False)
+        self.ranks = group.size
+        self.place_R11 = Tensor(np.eye(group.size, dtype=np.float32)[group.index].reshape(-1, 1, 1))
+        self.add = ops.AllReduce(group=group.name)
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        placed_RTD = x_TD.expand_dims(0) * self.place_R11.astype(x_TD.dtype)
+        return self.add(placed_RTD).reshape(-1, x_TD.shape[1])
+
+
+class ReduceScatter(nn.Cell):
+    """This rank's rows [T, D] of the sum of the ranks' [R * T, D]."""
+
+    def __init__(self, group: Group):
+        super().__init__(auto_prefix=False)
+        self.ranks = group.size
+        self.index = group.index
+        self.add = ops.AllReduce(group=group.name)
+
+    def construct(self, x_SD: Tensor) -> Tensor:
+        return self.add(x_SD).reshape(self.ranks, -1, x_SD.shape[1])[self.index]
