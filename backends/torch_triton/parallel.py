@@ -51,9 +51,16 @@ class Group:
         return torch.cat(self._exchange(x.expand(self.size, *x.shape)).unbind(), dim=-1)
 
     def below(self, x: Tensor, counts: list[int]) -> Tensor:
-        """The ranks' rows one below the other, [R, …] to [S, …]; ``counts`` says how many rows each rank has."""
+        """The ranks' rows one below the other, [R, …] to [S, …]; ``counts`` says how many rows each rank has.
+
+        On GPUs, here and in `own_total`, as many as every other.
+        """
         if self.size == 1:
             return x
+        if x.device.type != "cpu":
+            room = x.new_empty(self.size * len(x), *x.shape[1:])
+            dist.all_gather_into_tensor(room, x.contiguous(), group=self._handle)
+            return room
         return self._exchange(x.repeat(self.size, *[1] * (x.dim() - 1)), [len(x)] * self.size, counts)
 
     def own_total(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -61,6 +68,10 @@ class Group:
         if self.size == 1:
             return x
         own = counts[self.index]
+        if x.device.type != "cpu":
+            room = x.new_empty(own, *x.shape[1:])
+            dist.reduce_scatter_tensor(room, x.contiguous(), group=self._handle)
+            return room
         parts = self._exchange(x, counts, [own] * self.size).unflatten(0, (self.size, own))
         return _sum(parts).to(x.dtype)
 

@@ -8,33 +8,38 @@ import torch
 
 from deepspan.backends.torch_triton.gpu.runner import GpuRunner
 from deepspan.backends.torch_triton.rank import join
-from tests.backends.opening import DictWeights, random_tokens, step
+from tests.backends.opening import WIDTH, DictWeights, random_tokens, step
 from tests.gpu_path.opening import SPECS, run_of
 from tests.specs import random_weights
 
-MODES = {"tp2": {"tp": 2}, "ep2": {"tp": 2, "ep": 2}}
+MODES = {"tp2": {"tp": 2}, "ep2": {"tp": 2, "ep": 2}, "dp2": {"dp": 2}, "dp2-ep2": {"dp": 2, "ep": 2}, "pp2": {"pp": 2}}
 SHARED = {name: SPECS[name].replace({"vocab_size": 88}) for name in ("v3", "v2-lite: no q_lora, two shared experts")}
-CASES = [("bf16", 0), ("fp8", 0), ("fp8", 1)]  # precision, number in SHARED
-PIECES = [(0, 7), (7, 8), (8, 11)]
+# Mode, precision, number in SHARED.
+CASES = [(mode, "bf16", 0) for mode in MODES] + [(mode, "fp8", 1) for mode in ("tp2", "ep2", "dp2-ep2")]
+# Steps of (sequence, first token, token after the last): a prompt beside a short one, a sequence alone, and both.
+STEPS = [[(0, 0, 7), (1, 0, 2)], [(0, 7, 8)], [(1, 2, 4), (0, 8, 10)]]
 
 
 def forward(spec, dtype, rank=None, parallel=None):
-    """Logits of one sequence, a prompt and decode steps, and drafts of the last."""
+    """Logits of two sequences, of different replicas where there are two, and drafts after one of them."""
     runner = GpuRunner(spec, run_of(dtype, parallel), torch.device("cpu"), rank)
     runner.load(DictWeights(random_weights(spec)))
-    tokens = random_tokens(spec, PIECES[-1][1])
-    logits = [step(runner, [(0, start, tokens[start:stop])]).logits_OV for start, stop in PIECES]
+    tokens = random_tokens(spec, 10)
+    apart = runner.kv_blocks // WIDTH // 2  # where the second replica's cache begins, in sequences
+    logits = [
+        step(runner, [(sequence * apart, start, tokens[start:stop]) for sequence, start, stop in pieces]).logits_OV
+        for pieces in STEPS
+    ]
     if spec.num_nextn_predict_layers:
-        logits.append(step(runner, [(1, 0, tokens)], draft=True).draft_logits_OV)
+        logits.append(step(runner, [(apart + 1, 0, tokens)], draft=True).draft_logits_OV)
     return np.concatenate(logits)
 
 
 def main(folder):
-    for name, parallel in MODES.items():
-        rank = join(run_of("bf16", parallel))
-        for dtype, number in CASES:
-            logits = forward(list(SHARED.values())[number], dtype, rank, parallel)
-            np.save(folder / f"{name}-{dtype}-{number}-{rank.rank}.npy", logits)
+    for mode, dtype, number in CASES:
+        rank = join(run_of(dtype, MODES[mode]))
+        logits = forward(list(SHARED.values())[number], dtype, rank, MODES[mode])
+        np.save(folder / f"{mode}-{dtype}-{number}-{rank.rank}.npy", logits)
 
 
 if __name__ == "__main__":

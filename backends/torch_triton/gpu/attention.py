@@ -1,10 +1,12 @@
-"""Multi-head latent attention on a GPU, over a paged BF16 cache of latents; `..attention` says what the two forms are.
+"""Multi-head latent attention on a GPU, over a paged cache of latents, BF16 or FP8; `..attention` says what the two
+forms are.
 
 Few new tokens of a sequence attend in the absorbed form, prompts in the expanded form; each in one kernel for all
 sequences.
 
 Shape letters: T tokens of the step, A tokens in absorbed form, B sequences, Q new tokens of a sequence, S visible
-positions, H heads, N nope dim, R rope dim, V value dim, Y = N + V, C latent, X = C + R, P cache blocks, Z slots of one.
+positions, H heads, N nope dim, R rope dim, V value dim, Y = N + V, C latent, X = C + R, P cache blocks, Z slots of one, E
+width of a cache entry.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from ....models.rope import softmax_scale
 from ....models.spec import ModelSpec
 from ..kernels.absorb import FEW_TOKENS, absorb
+from ..kernels.entries import read_entries
 from ..kernels.mla_decode import mla_decode
 from ..kernels.prompt_attention import prompt_attention
 from ..kernels.rope_cache import Tables, rope_cache
@@ -49,7 +52,7 @@ class Attention:
         self._scale = softmax_scale(spec)
         self._k_b_HNC, self._v_b_HVC = layers.kv_b_HYC.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=1)
 
-    def __call__(self, x: Operand, step: Step, cache_PZX: Tensor) -> Tensor:
+    def __call__(self, x: Operand, step: Step, cache_PZE: Tensor) -> Tensor:
         """BF16 [T, D]; writes the new tokens' entries into this layer's cache."""
         spec, layers = self._spec, self._layers
         projected = layers.qkv_a(x)
@@ -60,45 +63,45 @@ class Attention:
         heads, width = len(layers.kv_b_HYC), spec.qk_head_dim
         q_THX = q[:, : heads * width].unflatten(1, (heads, width))
         if step.decode is not None:
-            out = self._decode(q_THX, kv_TX, step, step.decode, cache_PZX)
+            out = self._decode(q_THX, kv_TX, step, step.decode, cache_PZE)
         else:
-            out = self._mixed(q_THX, kv_TX, step, cache_PZX)
+            out = self._mixed(q_THX, kv_TX, step, cache_PZE)
         return layers.o(out)[:, : spec.hidden_size]
 
-    def _decode(self, q_THX: Tensor, kv_TX: Tensor, step: Step, decode: Absorbed, cache_PZX: Tensor) -> Tensor:
+    def _decode(self, q_THX: Tensor, kv_TX: Tensor, step: Step, decode: Absorbed, cache_PZE: Tensor) -> Tensor:
         """All tokens attend in the absorbed form."""
         layers, spec = self._layers, self._spec
         if len(q_THX) <= FEW_TOKENS:
             q_absorbed_THX = absorb(
                 q_THX, self._k_b_HNC, kv_TX, layers.kv_norm_C, spec.latent_norm_eps, step.positions_T, step.slots_T,
-                self._rope, cache_PZX,
+                self._rope, cache_PZE,
             )  # fmt: skip
         else:
             q_absorbed_THX = self._absorb(q_THX)
             rotated_THR = q_absorbed_THX[:, :, spec.kv_lora_rank :]
-            self._rotate(q_THX[:, :, spec.qk_nope_head_dim :], rotated_THR, kv_TX, step, cache_PZX)
-        return self._values(self._attend_absorbed(q_absorbed_THX, decode, cache_PZX))
+            self._rotate(q_THX[:, :, spec.qk_nope_head_dim :], rotated_THR, kv_TX, step, cache_PZE)
+        return self._values(self._attend_absorbed(q_absorbed_THX, decode, cache_PZE))
 
-    def _mixed(self, q_THX: Tensor, kv_TX: Tensor, step: Step, cache_PZX: Tensor) -> Tensor:
+    def _mixed(self, q_THX: Tensor, kv_TX: Tensor, step: Step, cache_PZE: Tensor) -> Tensor:
         """Queries are rotated where they are."""
         nope, latent = self._spec.qk_nope_head_dim, self._spec.kv_lora_rank
-        self._rotate(q_THX[:, :, nope:], q_THX[:, :, nope:], kv_TX, step, cache_PZX)
+        self._rotate(q_THX[:, :, nope:], q_THX[:, :, nope:], kv_TX, step, cache_PZE)
         out_THV = q_THX.new_zeros(*q_THX.shape[:2], self._spec.v_head_dim)  # padding stays finite
         for absorbed in step.absorbed:
             q_AHX = q_THX[absorbed.rows]
             q_absorbed_AHX = self._absorb(q_AHX)
             q_absorbed_AHX[:, :, latent:] = q_AHX[:, :, nope:]
-            out_AY = self._values(self._attend_absorbed(q_absorbed_AHX, absorbed, cache_PZX))
+            out_AY = self._values(self._attend_absorbed(q_absorbed_AHX, absorbed, cache_PZE))
             out_THV[absorbed.rows] = out_AY.unflatten(1, out_THV.shape[1:])
         for prompts in step.prompts:
-            self._attend_expanded(q_THX, prompts, cache_PZX, out_THV)
+            self._attend_expanded(q_THX, prompts, cache_PZE, out_THV)
         return out_THV.flatten(1)
 
-    def _rotate(self, rope_THR: Tensor, rotated_THR: Tensor, kv_TX: Tensor, step: Step, cache_PZX: Tensor) -> None:
+    def _rotate(self, rope_THR: Tensor, rotated_THR: Tensor, kv_TX: Tensor, step: Step, cache_PZE: Tensor) -> None:
         """Queries, into ``rotated_THR``, and keys, which go into the cache with their latents."""
         weight, eps = self._layers.kv_norm_C, self._spec.latent_norm_eps
         rope_cache(
-            kv_TX, weight, eps, rope_THR, rotated_THR, step.positions_T, step.slots_T, self._rope, cache_PZX
+            kv_TX, weight, eps, rope_THR, rotated_THR, step.positions_T, step.slots_T, self._rope, cache_PZE
         )  # fmt: skip
 
     def _absorb(self, q_AHX: Tensor) -> Tensor:
@@ -115,13 +118,13 @@ class Attention:
         torch.bmm(context_AHC.transpose(0, 1), self._v_b_HVC.transpose(1, 2), out=out_AHV.transpose(0, 1))
         return out_AHV.flatten(1)
 
-    def _attend_absorbed(self, q_AHX: Tensor, absorbed: Absorbed, cache_PZX: Tensor) -> Tensor:
+    def _attend_absorbed(self, q_AHX: Tensor, absorbed: Absorbed, cache_PZE: Tensor) -> Tensor:
         table_BM, lengths_B, latent = absorbed.table_BM, absorbed.lengths_B, self._spec.kv_lora_rank
-        return mla_decode(q_AHX, cache_PZX, table_BM, lengths_B, self._scale, latent, absorbed.longest)
+        return mla_decode(q_AHX, cache_PZE, table_BM, lengths_B, self._scale, latent, absorbed.longest)
 
-    def _attend_expanded(self, q_THX: Tensor, prompts: Prompts, cache_PZX: Tensor, out_THV: Tensor) -> None:
+    def _attend_expanded(self, q_THX: Tensor, prompts: Prompts, cache_PZE: Tensor, out_THV: Tensor) -> None:
         """Keys and values of the heads from the cached latents, then attention over them into ``out_THV``."""
-        entries_SX = cache_PZX.flatten(0, 1)[prompts.slots_S]
-        latent_SC, rope_SR = entries_SX.split([self._spec.kv_lora_rank, self._spec.qk_rope_head_dim], dim=1)
+        widths = self._spec.kv_lora_rank, self._spec.qk_rope_head_dim
+        latent_SC, rope_SR = read_entries(cache_PZE, prompts.slots_S, *widths).split(widths, dim=1)
         kv_SHY = F.linear(latent_SC, self._layers.kv_b_HYC.flatten(0, 1)).unflatten(1, (q_THX.shape[1], -1))
         prompt_attention(q_THX, kv_SHY, rope_SR, prompts.tiles_U, out_THV, self._scale)

@@ -19,14 +19,14 @@ from ....configs.schema import RunConfig
 from ...base import StepBatch
 from .inputs import DecodeBuffers
 from .model import Model
-from .sampling import Draw, draw, draw_of
+from .sampling import Draw, draw
 
 
 class Outputs(NamedTuple):
     """Of the last step, with rows for padding; the next one overwrites them."""
 
     token_ids_O: NDArray[np.int32]  # on the host
-    logits_OV: Tensor  # float32, on the device
+    logits_OV: Tensor | None  # float32, on the device; the last pipeline stage has them
 
 
 class Size(NamedTuple):
@@ -59,10 +59,10 @@ class DecodeSteps:
         for count in reversed(self._sizes):
             self._step(Size(count, 1, Draw.GREEDY))
 
-    def run(self, batch: StepBatch, queries: int) -> Outputs:
-        """Run the step and wait for its tokens."""
-        count = next(size for size in self._sizes if size >= len(batch.query_lens_B))
-        step = self._step(Size(count, queries, draw_of(batch.sampling)))
+    def run(self, batch: StepBatch, sequences: int, queries: int, how: Draw) -> Outputs:
+        """Run the step, of at most ``sequences``, and wait for its tokens. Every rank runs the same size."""
+        count = next(size for size in self._sizes if size >= sequences)
+        step = self._step(Size(count, queries, how))
         step.buffers.fill(batch, self._block_size)
         return step.run()
 
@@ -85,7 +85,7 @@ class DecodeStep:
         self._how = how
         tokens = buffers.sequences * buffers.queries
         self._token_ids_O = torch.zeros(tokens, dtype=torch.int32, pin_memory=buffers.device.type != "cpu")
-        self._recorded: tuple[Any, Tensor] | None = None
+        self._recorded: tuple[Any, Tensor | None] | None = None
 
     def run(self) -> Outputs:
         if self._recorded is None:
@@ -107,8 +107,11 @@ class DecodeStep:
             logits_OV = self._forward()
         self._recorded = graph, logits_OV
 
-    def _forward(self) -> Tensor:
+    def _forward(self) -> Tensor | None:
         self.buffers.send()
-        logits_OV = self._model.logits(self._model.hidden(self.buffers.step))
+        stream = self._model.hidden(self.buffers.step)
+        if not self._model.is_last_stage:
+            return None
+        logits_OV = self._model.logits(stream)
         self._token_ids_O.copy_(draw(logits_OV, self.buffers.sampling, self._how), non_blocking=True)
         return logits_OV

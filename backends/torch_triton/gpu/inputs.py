@@ -75,14 +75,16 @@ def positions_and_slots(batch: StepBatch, block_size: int) -> tuple[IntArray, In
     return positions_T.astype(np.int32), slots_T.astype(np.int32)
 
 
-def mixed_step(batch: StepBatch, block_size: int, longest: int, expanded: int, device: torch.device) -> Step:
+def mixed_step(
+    batch: StepBatch, tokens: int, block_size: int, longest: int, expanded: int, device: torch.device
+) -> Step:
     """Prompts, chunks of them and decoding sequences in any mixture. Rows are padded with tokens that nobody reads.
 
-    ``longest`` bounds a sequence's tokens; ``expanded`` positions have keys and values of all heads at a time, or one
-    sequence.
+    ``tokens``: at least so many rows; ``longest`` bounds a sequence's tokens; ``expanded`` positions have keys and
+    values of all heads at a time, or one sequence.
     """
     positions_T, slots_T = positions_and_slots(batch, block_size)
-    padding = -len(positions_T) % _MULTIPLE
+    padding = -(-tokens // _MULTIPLE) * _MULTIPLE - len(positions_T)
 
     def padded(values_T: IntArray, filler: int) -> Tensor:
         return torch.from_numpy(np.pad(values_T, (0, padding), constant_values=filler)).to(device)

@@ -15,11 +15,12 @@ from ....models.quant import block_grid
 from ....models.spec import ModelSpec
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack
+from ..kernels.quant import quantise
 from ..layers import adjacent_pairs
 from ..parallel import Mesh
 from .attention import Projections
 from .experts import Bf16Experts, Fp8Experts
-from .linear import Bf16Linear, Fp8Linear, Linear, Norm
+from .linear import Bf16Linear, Fp8Linear, Linear, Norm, Operand
 from .matrices import Fp8Matrix, below, dequantise_blocks, pad, pad_fp8, quantise_blocks, whole_blocks
 from .source import DeviceTensors
 
@@ -48,10 +49,16 @@ class Loader:
         self._heads = spec.num_attention_heads // grid.tp
         self._dense_width = spec.intermediate_size // grid.tp
         self.experts_held = held_experts(spec, source.mesh)
-        self.has_foreign = len(self.experts_held) < spec.n_routed_experts
+        # choices that this rank has nothing to do with: experts elsewhere, shared ones of other replicas' tokens
+        elsewhere = len(self.experts_held) < spec.n_routed_experts
+        self.has_foreign = elsewhere or (grid.dp > 1 and spec.n_shared_experts > 0)
         self._expert_width = spec.moe_intermediate_size // grid.expert_slices
         self._shared_width = spec.shared_intermediate_size // grid.tp
         self.shared_pieces = -(-self._shared_width // max(1, self._expert_width)) if spec.n_shared_experts else 0
+
+    def operand(self, x_TK: Tensor) -> Operand:
+        """BF16 activations as this model's linear layers take them."""
+        return quantise(x_TK, self._ue8m0) if self._quantises else x_TK
 
     def norm(self, name: str, eps: float, plain: bool = False) -> Norm:
         """A norm before linear layers; ``plain`` for one whose BF16 result is wanted too."""

@@ -4,7 +4,7 @@ A block's sublayer returns what is to be added to the residual stream (its "bran
 and rounds the sum to BF16 once. Branches of experts come in parts.
 
 Shape letters: T tokens, O outputs, P parts, D hidden, V vocabulary, L layers, C cache blocks, Z slots of one,
-X cache entry.
+E cache entry.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....models.rope import rope_tables
+from ....models.sharding import stage_layers
 from ..kernels.quant import Normed
 from ..kernels.rope_cache import Tables
 from ..kernels.router import Choice, Scratch, choose_experts, scratch
@@ -33,37 +34,57 @@ class Stream(NamedTuple):
     branch: Tensor  # [T, D] or [T, P, D]
     residual_TD: Tensor | None
 
+    def sum(self) -> Tensor:
+        """BF16 [T, D], as the next norm takes it."""
+        branch_TD = self.branch.sum(1, dtype=torch.float32) if self.branch.dim() == 3 else self.branch
+        return branch_TD.bfloat16() if self.residual_TD is None else (self.residual_TD + branch_TD.float()).bfloat16()
+
     def rows(self, rows_O: Tensor) -> Stream:
         return Stream(self.branch[rows_O], None if self.residual_TD is None else self.residual_TD[rows_O])
 
 
 class Model:
-    """At most ``max_tokens`` run in a step, which writes ``cache_LCZX``: what fits beside the loaded weights."""
+    """A pipeline stage's layers. The last stage has the head and, when the weights have one, the MTP layer.
 
-    cache_LCZX: Tensor
+    At most ``max_tokens`` run in a step, which writes ``cache_LCZE``, of this stage: what fits beside the weights.
+    """
+
+    cache_LCZE: Tensor
 
     def __init__(self, loader: Loader, max_positions: int, max_tokens: int):
         spec, source = loader.spec, loader.source
         self._spec = spec
         rope = Tables(*(torch.from_numpy(table).to(source.device) for table in rope_tables(spec, max_positions)))
-        room = scratch(max_tokens, spec.n_routed_experts, source.device)
-        self._embedding = Embedding(source, "model.embed_tokens.weight")
-        self._blocks = [Block(loader, layer, rope, room) for layer in range(spec.num_hidden_layers)]
-        self._norm = loader.plain_norm("model.norm.weight")
-        self._ranks = source.mesh.tp
-        self._head_VD = source.plain("lm_head.weight")
-        self._mtp = MTP(loader, rope, room) if source.has_mtp else None
+        mesh = source.mesh
+        room = scratch(max_tokens * mesh.dp.size, spec.n_routed_experts, source.device)
+        self._device = source.device
+        self._stages = mesh.pp
+        self.is_last_stage = mesh.is_last_stage
+        self._embedding = Embedding(source, "model.embed_tokens.weight") if mesh.is_first_stage else None
+        self._blocks = [Block(loader, layer, rope, room) for layer in stage_layers(spec, mesh.grid, mesh.pp.index)]
+        self._head = Head(loader, "model.norm.weight", "lm_head.weight") if mesh.is_last_stage else None
+        self._mtp = MTP(loader, rope, room) if mesh.is_last_stage and source.has_mtp else None
 
     def hidden(self, step: Step) -> Stream:
-        """The stream after the last block."""
-        stream = Stream(self._embedding(step.token_ids_T), None)
-        for block, cache_CZX in zip(self._blocks, self.cache_LCZX, strict=False):
-            stream = block(stream, step, cache_CZX)
+        """The stream after this stage's layers; the next stage is given its sum."""
+        stream = Stream(self._first(step), None)
+        for block, cache_CZE in zip(self._blocks, self.cache_LCZE, strict=False):
+            stream = block(stream, step, cache_CZE)
+        if not self.is_last_stage:
+            self._stages.send_on(stream.sum())
         return stream
 
+    def _first(self, step: Step) -> Tensor:
+        """What this stage begins with: the embedded tokens, or what the stage before sends."""
+        if self._embedding is not None:
+            return self._embedding(step.token_ids_T)
+        shape = len(step.token_ids_T), self._spec.hidden_size
+        return self._stages.receive(torch.empty(shape, dtype=torch.bfloat16, device=self._device))
+
     def logits(self, stream: Stream) -> Tensor:
-        """float32 [T, V]."""
-        return self._ranks.beside(product_f32(_plain(self._norm(*stream)), self._head_VD))
+        """float32 [T, V]; asked of the last stage only."""
+        assert self._head is not None, "the last stage has the head"
+        return self._head(stream)
 
     def routed(self, step: Step) -> list[Tensor]:
         """The experts, int32 [T, K + shared], that each MoE layer chooses in a step, which is run for this."""
@@ -78,11 +99,11 @@ class Model:
 
     def draft_logits(self, stream: Stream, next_ids_T: Tensor, rows_O: Tensor, step: Step) -> Tensor:
         """float32 [O, V] for the token after the next of rows ``rows_O``; the MTP layer's cache gets all T."""
-        assert self._mtp is not None, "the runner refuses drafts without an MTP layer"
-        normed = self._norm(*stream)
+        assert self._head is not None and self._mtp is not None, "the last stage has the MTP layer, where there is one"
+        normed = self._head.norm(*stream)
         hidden_TD = _plain(normed) if self._spec.mtp_hidden == "post_norm" else normed.residual
         assert hidden_TD is not None, "a norm returns the sum"
-        return self._mtp(hidden_TD, next_ids_T, rows_O, step, self.cache_LCZX[len(self._blocks)])
+        return self._mtp(hidden_TD, next_ids_T, rows_O, step, self.cache_LCZE[len(self._blocks)])
 
 
 class Embedding:
@@ -102,6 +123,19 @@ class Embedding:
         return self._ranks.total(x_TD.where(here_T[:, None], 0))
 
 
+class Head:
+    """The final norm and the logits of the vocabulary, of which each tensor-parallel rank has a part."""
+
+    def __init__(self, loader: Loader, norm: str, table: str):
+        self.norm = loader.plain_norm(norm)
+        self._table_ND = loader.source.plain(table)
+        self._ranks = loader.source.mesh.tp
+
+    def __call__(self, stream: Stream) -> Tensor:
+        """float32 [T, V]."""
+        return self._ranks.beside(product_f32(_plain(self.norm(*stream)), self._table_ND))
+
+
 class Block:
     """x + attention(norm(x)), then x + feed_forward(norm(x)); both are summed over the tensor-parallel ranks."""
 
@@ -114,9 +148,9 @@ class Block:
         self._mlp_norm = loader.norm(f"{prefix}.post_attention_layernorm.weight", eps, plain=is_moe)
         self.mlp = MoE(loader, f"{prefix}.mlp", room) if is_moe else SwiGLU(loader, f"{prefix}.mlp")
 
-    def __call__(self, stream: Stream, step: Step, cache_CZX: Tensor) -> Stream:
+    def __call__(self, stream: Stream, step: Step, cache_CZE: Tensor) -> Stream:
         normed = self._input_norm(*stream)
-        branch_TD = self._total(self._attention(operand(normed), step, cache_CZX))
+        branch_TD = self._total(self._attention(operand(normed), step, cache_CZE))
         normed = self._mlp_norm(branch_TD, normed.residual)
         return Stream(self._total(self.mlp(normed)), normed.residual)
 
@@ -153,22 +187,40 @@ class MoE:
         self._experts = loader.experts(prefix)
         self._held, self._shared = loader.experts_held, loader.shared_pieces
         self._is_part = loader.has_foreign
+        self._replicas = source.mesh.dp
+        self._operand = loader.operand
 
     def __call__(self, normed: Normed) -> Tensor:
-        """FP32 [T, P, D], to be added."""
-        x_TD = _plain(normed)
-        choice = choose_experts(x_TD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)
+        """FP32 [T, P, D], to be added; BF16 [T, D] of replicas, whose tokens meet here."""
+        x_TD, replicas = _plain(normed), self._replicas
+        if replicas.size == 1:
+            return self._experts(operand(normed), self._choose(x_TD))
+        counts = [len(x_TD)] * replicas.size
+        x_SD = replicas.below(x_TD, counts)
+        y_SPD = self._experts(self._operand(x_SD), self._choose(x_SD))
+        return replicas.own_total(y_SPD.sum(1, dtype=torch.float32).bfloat16(), counts)
+
+    def _choose(self, x_SD: Tensor) -> Choice:
+        choice = choose_experts(x_SD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)
         if self.choices is not None:
             self.choices.append(choice.ids)
-        return self._experts(operand(normed), self._of_stack(choice) if self._is_part else choice)
+        return self._of_stack(choice) if self._is_part else choice
 
     def _of_stack(self, choice: Choice) -> Choice:
-        """Numbers in this rank's stack: its routed experts, the shared pieces, and one past them for other ranks'."""
+        """Numbers in this rank's stack: its routed experts, the shared pieces, and one past them for what others do.
+
+        That are other ranks' experts, and the shared ones for other replicas' tokens.
+        """
         routed, held = self._spec.n_routed_experts, len(self._held)
-        own_TP = choice.ids - self._held.start
-        is_own_TP = (own_TP >= 0) & (own_TP < held) & (choice.ids < routed)
-        shared_TP = torch.where(choice.ids >= routed, choice.ids - routed + held, held + self._shared)
-        return choice._replace(ids=torch.where(is_own_TP, own_TP, shared_TP))
+        nowhere = held + self._shared
+        own_SP = choice.ids - self._held.start
+        is_own_SP = (own_SP >= 0) & (own_SP < held) & (choice.ids < routed)
+        shared_SP = torch.where(choice.ids >= routed, choice.ids - routed + held, nowhere)
+        if self._replicas.size > 1:
+            replica_RTP = shared_SP.unflatten(0, (self._replicas.size, -1))
+            replica_RTP[: self._replicas.index] = nowhere
+            replica_RTP[self._replicas.index + 1 :] = nowhere
+        return choice._replace(ids=torch.where(is_own_SP, own_SP, shared_SP))
 
 
 class MTP:
@@ -178,19 +230,17 @@ class MTP:
         spec, source = loader.spec, loader.source
         prefix = f"model.layers.{spec.num_hidden_layers}"
         self._embedding = Embedding(source, f"{prefix}.embed_tokens.weight")
-        self._ranks = source.mesh.tp
         self._embedding_norm = loader.plain_norm(f"{prefix}.enorm.weight")
         self._hidden_norm = loader.plain_norm(f"{prefix}.hnorm.weight")
         self._projection = source.plain(f"{prefix}.eh_proj.weight")
         self._block = Block(loader, spec.num_hidden_layers, rope, room)
-        self._norm = loader.plain_norm(f"{prefix}.shared_head.norm.weight")
-        self._head_VD = source.plain(f"{prefix}.shared_head.head.weight")
+        self._head = Head(loader, f"{prefix}.shared_head.norm.weight", f"{prefix}.shared_head.head.weight")
 
-    def __call__(self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, step: Step, cache_CZX: Tensor) -> Tensor:
+    def __call__(self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, step: Step, cache_CZE: Tensor) -> Tensor:
         embedding_TD = self._embedding_norm(self._embedding(next_ids_T))
         joined = torch.cat([_plain(embedding_TD), _plain(self._hidden_norm(hidden_TD))], dim=1)
-        stream = self._block(Stream(F.linear(joined, self._projection), None), step, cache_CZX)
-        return self._ranks.beside(product_f32(_plain(self._norm(*stream.rows(rows_O))), self._head_VD))
+        stream = self._block(Stream(F.linear(joined, self._projection), None), step, cache_CZE)
+        return self._head(stream.rows(rows_O))
 
 
 def _plain(normed: Normed) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from ....configs.schema import RunConfig
 from ....models.capacity import GIB
-from ....models.costs import LINEAR_BYTES
+from ....models.costs import LINEAR_BYTES, cache_bytes
 from ....models.errors import InputError
 from ....models.sharding import shards
 from ....models.spec import ModelSpec
@@ -28,13 +28,16 @@ def weight_bytes(spec: ModelSpec, mtp: bool, dtype: str, mesh: Mesh = ALONE) -> 
 
 
 def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
-    """An upper estimate of what a step of max_batch_tokens allocates: the larger of attention and experts, logits."""
+    """An upper estimate of what a step of max_batch_tokens allocates: the larger of attention and experts, logits.
+
+    The experts see as many tokens of every replica.
+    """
     tokens, length = run.engine.max_batch_tokens, run.engine.max_seq_len
     heads, hidden = spec.num_attention_heads, spec.hidden_size
     attention = tokens * heads * (2 * spec.qk_head_dim + 3 * spec.v_head_dim) + tokens * (spec.q_lora_rank or 0)
     expanded = max(length, tokens) * (heads * (spec.qk_nope_head_dim + spec.v_head_dim) + spec.latent_dim)
     choices = spec.num_experts_per_tok + spec.n_shared_experts
-    experts = tokens * choices * (2 * hidden + 2 * spec.moe_intermediate_size)  # FP32 results count twice
+    experts = run.parallel.dp * tokens * choices * (2 * hidden + 2 * spec.moe_intermediate_size)  # FP32 results count twice
     dense = tokens * 4 * spec.intermediate_size
     values = 6 * tokens * hidden + max(attention + expanded, experts, dense)
     return 2 * values + 12 * max(run.engine.max_batch, 8) * spec.vocab_size + _LIBRARIES
@@ -53,9 +56,9 @@ def check_weights_fit(
         )
 
 
-def blocks_that_fit(spec: ModelSpec, run: RunConfig, layers: int, device: torch.device) -> int:
+def blocks_that_fit(spec: ModelSpec, run: RunConfig, kv_dtype: str, layers: int, device: torch.device) -> int:
     """Cache blocks for the memory that loaded weights and a step leave; InputError when no sequence would fit."""
-    block_bytes = layers * run.engine.block_size * spec.latent_dim * torch.bfloat16.itemsize
+    block_bytes = layers * run.engine.block_size * cache_bytes(spec, kv_dtype)
     room = _allowed(run, device) - working_bytes(spec, run)
     fit = max(0, room) // block_bytes
     longest = -(-run.engine.max_seq_len // run.engine.block_size)
@@ -66,7 +69,7 @@ def blocks_that_fit(spec: ModelSpec, run: RunConfig, layers: int, device: torch.
             "engine.max_seq_len",
             "lower it or engine.max_batch_tokens, or raise engine.memory_fraction",
         )
-    return min(fit, _PREFIXES * cache_blocks(run))
+    return min(fit, _PREFIXES * cache_blocks(run, run.parallel.dp))
 
 
 def _allowed(run: RunConfig, device: torch.device) -> int:

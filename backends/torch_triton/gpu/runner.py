@@ -1,5 +1,8 @@
 """StepBatch in, StepResult out, on a GPU: decode steps are recorded graphs, steps with prompts run as they come.
 
+All ranks take every step, and all replicas of the model the same number of rows, however few sequences are their own:
+what is exchanged has then sizes that a recorded graph can hold.
+
 Shape letters as in `backends.base`; T tokens with padding, O outputs.
 """
 
@@ -13,31 +16,33 @@ from torch import Tensor
 
 from ....configs.schema import RunConfig
 from ....models.errors import InputError
-from ....models.sharding import Grid, check_divides
+from ....models.sharding import check_divides, stage_layers
 from ....models.spec import ModelSpec
 from ...base import StepBatch, StepResult, Weights, next_tokens, output_rows
 from ...limits import check_supported
+from ..cache import empty_cache
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
 from ..rank import TorchRank
+from ..replicas import Share, share_of, whole_result
 from .graphs import DecodeSteps
 from .inputs import Step, mixed_step, same_queries, sampling_numbers
 from .loader import Loader
 from .model import Model
 from .room import blocks_that_fit, check_weights_fit
-from .sampling import draw, draw_of
+from .sampling import Draw, draw, draw_of
 from .source import DeviceTensors, DrawnTensors, StoredTensors
 
 _SEED = 0  # of weights that are drawn here
 
 
 class GpuRunner:
-    """``rank``'s part, tensor- and expert-parallel; every rank takes every step."""
+    """``rank``'s part of the model; every rank takes every step."""
 
     def __init__(self, spec: ModelSpec, run: RunConfig, device: torch.device, rank: TorchRank | None = None):
         check_supported(spec, run)
         self._rank = rank or TorchRank()
         self._mesh = self._rank.mesh
-        _check_degrees(spec, self._mesh.grid)
+        check_divides(spec, self._mesh.grid)
         self.spec = spec
         self.dtype = choose_gpu_dtype(run, spec)
         self.kv_dtype = choose_gpu_kv_dtype(run)
@@ -55,14 +60,17 @@ class GpuRunner:
         check_weights_fit(spec, weights.has_mtp, run, self.dtype, self._device, self._mesh)
         source = self._source(weights)
         self._has_mtp = source.has_mtp
-        layers = spec.num_hidden_layers + (spec.num_nextn_predict_layers if source.has_mtp else 0)
+        layers = len(stage_layers(spec, self._mesh.grid, self._mesh.pp.index))
+        layers += spec.num_nextn_predict_layers if source.has_mtp and self._mesh.is_last_stage else 0
         loader = Loader(spec, source, fp8=self.dtype == "fp8")
         tokens = max(run.engine.max_batch_tokens, 8 * run.engine.max_batch)
         self._model: Model | None = Model(loader, run.engine.max_seq_len, tokens)
-        self.kv_blocks = self._rank.least(blocks_that_fit(spec, run, layers, self._device))
-        shape = (layers, self.kv_blocks, self.block_size, spec.latent_dim)
-        self._model.cache_LCZX = torch.zeros(shape, dtype=torch.bfloat16, device=self._device)
-        held = f"{self.kv_blocks} blocks of {self.block_size} tokens, {self._model.cache_LCZX.nbytes / 2**30:.1f} GiB"
+        self._replica_blocks = self._rank.least(blocks_that_fit(spec, run, self.kv_dtype, layers, self._device))
+        self.kv_blocks = self._mesh.dp.size * self._replica_blocks
+        cache_LCZE = empty_cache(spec, self.kv_dtype, layers, self._replica_blocks, self.block_size, self._device)
+        self._model.cache_LCZE = cache_LCZE
+        held = f"{self._replica_blocks} blocks of {self.block_size} tokens in {self.kv_dtype}"
+        held += f", {cache_LCZE.nbytes / 2**30:.1f} GiB"
         print(f"note: cache: {held}", file=sys.stderr)
         self._decode = DecodeSteps(self._model, run, self._device)
 
@@ -75,19 +83,17 @@ class GpuRunner:
     def step(self, batch: StepBatch) -> StepResult:
         if batch.draft and not self._has_mtp:
             raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
-        assert self._model is not None, "closed"
+        share = share_of(batch, self._mesh, self._replica_blocks)
         queries = None if batch.draft else same_queries(batch)
-        if queries is None:
-            return self._mixed(self._model, batch)
-        token_ids_O, logits_OV = self._decode.run(batch, queries)
-        count = len(batch.token_ids_T)
-        return StepResult(token_ids_O[:count].copy(), logits_OV[:count].cpu().numpy() if batch.return_logits else None)
+        how = draw_of(batch.sampling)
+        own = self._mixed(share, how) if queries is None else self._decoded(share, queries, how)
+        return whole_result(share, own, self._mesh, self.spec.vocab_size)
 
     @torch.inference_mode()
     def experts_hit(self, batch: StepBatch) -> list[int]:
         """See `base.CountsExperts`."""
         assert self._model is not None, "closed"
-        step = self._mixed_step(batch)
+        step = self._mixed_step(batch, len(batch.token_ids_T))
         tokens, experts = len(batch.token_ids_T), self.spec.num_experts_per_tok
         return [len(ids_TP[:tokens, :experts].unique()) for ids_TP in self._model.routed(step)]
 
@@ -95,16 +101,30 @@ class GpuRunner:
         self._model = None
         del self._decode
 
-    def _mixed(self, model: Model, batch: StepBatch) -> StepResult:
+    def _decoded(self, share: Share, queries: int, how: Draw) -> StepResult | None:
+        """This replica's outputs, on the last stage."""
+        batch = share.batch
+        token_ids_O, logits_OV = self._decode.run(batch, max(share.tokens) // queries, queries, how)
+        if logits_OV is None:
+            return None
+        count = len(batch.token_ids_T)
+        return StepResult(token_ids_O[:count].copy(), logits_OV[:count].cpu().numpy() if batch.return_logits else None)
+
+    def _mixed(self, share: Share, how: Draw) -> StepResult | None:
+        """This replica's outputs, on the last stage."""
+        assert self._model is not None, "closed"
+        model, batch = self._model, share.batch
         rows_O, sequence_O, position_O = output_rows(batch)
-        step = self._mixed_step(batch)
+        step = self._mixed_step(batch, max(share.tokens))
         stream = model.hidden(step)
+        if not model.is_last_stage:
+            return None
         device_rows_O = torch.from_numpy(rows_O).to(self._device)
         logits_OV, token_ids_O = self._no_outputs()
         if len(rows_O):
             logits_OV = model.logits(stream.rows(device_rows_O))
             numbers = sampling_numbers(batch, sequence_O, position_O, self._device)
-            token_ids_O = draw(logits_OV, numbers, draw_of(batch.sampling))
+            token_ids_O = draw(logits_OV, numbers, how)
         token_ids = token_ids_O.cpu().numpy()
         draft_OV = None
         if batch.draft:
@@ -118,20 +138,14 @@ class GpuRunner:
             draft_logits_OV=draft_OV.cpu().numpy() if draft_OV is not None and batch.return_logits else None,
         )
 
-    def _mixed_step(self, batch: StepBatch) -> Step:
+    def _mixed_step(self, batch: StepBatch, tokens: int) -> Step:
         engine = self._run.engine
         expanded = max(engine.max_seq_len, engine.max_batch_tokens)
-        return mixed_step(batch, self.block_size, engine.max_seq_len, expanded, self._device)
+        return mixed_step(batch, tokens, self.block_size, engine.max_seq_len, expanded, self._device)
 
     def _no_outputs(self) -> tuple[Tensor, Tensor]:
         logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
         return logits_OV, torch.empty(0, dtype=torch.int32, device=self._device)
-
-
-def _check_degrees(spec: ModelSpec, grid: Grid) -> None:
-    if grid.dp > 1 or grid.pp > 1:
-        raise InputError("GPUs share a model by tp and ep so far", "parallel", "set dp and pp to 1")
-    check_divides(spec, grid)
 
 
 def _check_shapes(spec: ModelSpec) -> None:
