@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .costs import LINEAR_BYTES, distinct_experts
+from .costs import LINEAR_BYTES, cache_bytes, distinct_experts
 from .errors import InputError
 from .sharding import Grid, Shard, check_divides, shards, stage_layers
 from .spec import ModelSpec
 
 GIB = 2**30
-_FP8_ROPE_BYTES, _FP8_SCALE_BLOCK = 2, 128  # an FP8 cache keeps the rope key in BF16 and one F32 scale a block
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,6 @@ def decode_bytes_of_rank(
     weights = sum(size * shares.get(group, 1.0) for group, size in stage.weight_bytes.items())
     sequences = -(-batch // replicas)
     return round(weights) + sequences * context * len(stage.layers) * cache_bytes(spec, precision.cache)
-
-
-def cache_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of one token's cache in one layer: 1,152 in BF16 and 656 in FP8 for V3 (FlashMLA's layout)."""
-    if dtype == "fp8":
-        scales = -(-spec.kv_lora_rank // _FP8_SCALE_BLOCK)
-        return spec.kv_lora_rank + 4 * scales + _FP8_ROPE_BYTES * spec.qk_rope_head_dim
-    return spec.latent_dim * {"bf16": 2, "fp32": 4}[dtype]
 
 
 def plan_stages(

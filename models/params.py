@@ -160,9 +160,9 @@ def active_parameters(spec: ModelSpec) -> int:
     )
 
 
-def kv_bytes_per_token(spec: ModelSpec, bytes_per_value: int = 2) -> int:
-    """Bytes of latent cache per token over all main layers (70,272 for V3 in BF16)."""
-    return spec.num_hidden_layers * spec.latent_dim * bytes_per_value
+def kv_bytes_per_token(spec: ModelSpec) -> int:
+    """Bytes of latent cache in BF16 per token over all main layers (70,272 for V3)."""
+    return 2 * spec.num_hidden_layers * spec.latent_dim
 
 
 def stored_tensors(spec: ModelSpec) -> Iterator[StoredTensor]:

@@ -41,10 +41,10 @@ class ReferenceRunner:
 
     def __init__(self, spec: ModelSpec, run: RunConfig):
         check_supported(spec, run)
-        if run.device not in ("auto", "cpu") or run.dtype not in ("auto", "fp32"):
-            raise InputError(
-                f"device {run.device}, dtype {run.dtype}", "reference backend", "it runs on the cpu in fp32"
-            )
+        precisions = {run.dtype, run.engine.kv_dtype}
+        if run.device not in ("auto", "cpu") or not precisions <= {"auto", "fp32"}:
+            asked = f"device {run.device}, dtype {run.dtype}, kv_dtype {run.engine.kv_dtype}"
+            raise InputError(asked, "reference backend", "it runs on the cpu in fp32")
         self.spec = spec
         self.block_size = run.engine.block_size
         self.kv_blocks = cache_blocks(run)

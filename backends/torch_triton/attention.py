@@ -6,8 +6,8 @@ least for few new tokens. *Expanded* attention computes the heads' keys and valu
 DeepSeek-V2 (arXiv 2405.04434) section 2.1; `models.reference` has both forms in numpy.
 
 Shape letters: T tokens of the step, A tokens in absorbed form, G those of one group, Q new tokens of one sequence,
-S cached positions, H heads of this rank, N nope dim, R rope dim, V value dim, C latent, X cache entry (C + R), P pairs
-(R / 2).
+S cached positions, H heads of this rank, N nope dim, R rope dim, V value dim, C latent, X values of a cache entry
+(C + R), E what the cache holds of them, P pairs (R / 2).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...models.rope import softmax_scale
 from ...models.spec import ModelSpec
+from .cache import from_entries, to_entries
 from .layers import Linear, RMSNorm, adjacent_pairs, rotate
 from .plan import Plan, Prompt
 from .weights import TensorSource
@@ -50,15 +51,16 @@ class Attention:
             self.q_a_norm = RMSNorm(source.read(f"{prefix}.q_a_layernorm.weight"), spec.latent_norm_eps)
             self.q_b = Linear(q)
 
-    def __call__(self, x_TD: Tensor, turn_TP: Tensor, cache_PSX: Tensor, plan: Plan) -> Tensor:
-        """[T, D], a part of the sum over the tensor-parallel ranks; writes the new tokens' entries into ``cache_PSX``,
+    def __call__(self, x_TD: Tensor, turn_TP: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        """[T, D], a part of the sum over the tensor-parallel ranks; writes the new tokens' entries into ``cache_PSE``,
         this layer's blocks.
         """
         spec = self._spec
         widths = [self._q_width, spec.kv_lora_rank, spec.qk_rope_head_dim]
         q, latent_TC, k_rope_TR = self.qkv_a(x_TD).split(widths, dim=1)
         entries_TX = torch.cat([self.kv_a_norm(latent_TC), rotate(k_rope_TR, turn_TP)], dim=1)
-        cache_PSX.flatten(0, 1).index_copy_(0, plan.slots_T, entries_TX.to(cache_PSX.dtype))
+        held_TE = to_entries(entries_TX, spec.kv_lora_rank, cache_PSE.dtype)
+        cache_PSE.flatten(0, 1).index_copy_(0, plan.slots_T, held_TE)
         if spec.q_lora_rank is not None:
             q = self.q_b(self.q_a_norm(q))
         q_THX = q.view(len(q), self._heads, spec.qk_head_dim)
@@ -67,19 +69,20 @@ class Attention:
         out_THV = x_TD.new_empty(len(x_TD), self._heads, spec.v_head_dim)
         if plan.groups:
             rows = plan.absorbed_rows
-            out_THV[rows] = self._absorbed(q_nope_THN[rows], q_rope_THR[rows], cache_PSX, plan)
+            out_THV[rows] = self._absorbed(q_nope_THN[rows], q_rope_THR[rows], cache_PSE, plan)
         for prompt in plan.prompts:
             rows = prompt.rows
             q_QHX = torch.cat([q_nope_THN[rows], q_rope_THR[rows]], dim=2)
-            out_THV[rows] = self._expanded(q_QHX, cache_PSX, prompt)
+            out_THV[rows] = self._expanded(q_QHX, cache_PSE, prompt)
         return self.o_proj(out_THV.flatten(1))
 
-    def _absorbed(self, q_nope_AHN: Tensor, q_rope_AHR: Tensor, cache_PSX: Tensor, plan: Plan) -> Tensor:
+    def _absorbed(self, q_nope_AHN: Tensor, q_rope_AHR: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
         """[A, H, V]: multi-query attention in which an entry is key and value at once."""
         q_AHX = torch.cat([_by_head(q_nope_AHN, self.k_b_HNC), q_rope_AHR], dim=2)
         context_AHX = torch.empty_like(q_AHX)
         for group in plan.groups:
-            entries_GSX = cache_PSX[group.blocks_GM].flatten(1, 2).to(q_AHX.dtype)
+            held_GSE = cache_PSE[group.blocks_GM].flatten(1, 2)
+            entries_GSX = from_entries(held_GSE, self._spec.kv_lora_rank, q_AHX.dtype)
             # Values as wide as the keys let PyTorch use its flash kernel; the rope part of the result is not used.
             attended_GHX = F.scaled_dot_product_attention(
                 q_AHX[group.rows][:, None],
@@ -91,10 +94,11 @@ class Attention:
             context_AHX[group.rows] = attended_GHX
         return _by_head(context_AHX[:, :, : self._spec.kv_lora_rank], self.v_b_HCV)
 
-    def _expanded(self, q_QHX: Tensor, cache_PSX: Tensor, prompt: Prompt) -> Tensor:
+    def _expanded(self, q_QHX: Tensor, cache_PSE: Tensor, prompt: Prompt) -> Tensor:
         """[Q, H, V]: keys and values of the heads from the cached latents, for one sequence."""
         spec = self._spec
-        entries_SX = cache_PSX[prompt.blocks_M].flatten(0, 1)[: prompt.visible].to(q_QHX.dtype)
+        held_SE = cache_PSE[prompt.blocks_M].flatten(0, 1)[: prompt.visible]
+        entries_SX = from_entries(held_SE, spec.kv_lora_rank, q_QHX.dtype)
         latent_SC, k_rope_SR = entries_SX.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=1)
         kv_SHY = self.kv_b(latent_SC).view(len(entries_SX), self._heads, -1)
         k_nope_SHN, v_SHV = kv_SHY.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=2)

@@ -43,11 +43,9 @@ def choose_gpu_dtype(run: RunConfig, spec: ModelSpec) -> str:
 
 def choose_gpu_kv_dtype(run: RunConfig) -> str:
     """How a GPU holds the cache."""
-    if run.engine.kv_dtype not in ("auto", "bf16"):
-        raise InputError(
-            f"a GPU holds no cache in {run.engine.kv_dtype} yet", "engine.kv_dtype", "set it to auto or bf16"
-        )
-    return "bf16"
+    if run.engine.kv_dtype == "fp32":
+        raise InputError("a GPU holds no cache in fp32", "engine.kv_dtype", "set it to auto, bf16 or fp8")
+    return "fp8" if run.engine.kv_dtype == "fp8" else "bf16"
 
 
 def multiplies_blocks(device: torch.device) -> bool:
@@ -105,14 +103,8 @@ def choose_dtype(run: RunConfig) -> str:
 
 
 def choose_kv_dtype(run: RunConfig, dtype: str) -> str:
-    """How the cache is held, fp32 or bf16. auto is the dtype of the linear weights."""
-    if run.engine.kv_dtype == "auto":
-        return dtype
-    if run.engine.kv_dtype not in DTYPES:
-        raise InputError(
-            f"a cpu holds no cache in {run.engine.kv_dtype}", "engine.kv_dtype", "set it to auto, bf16 or fp32"
-        )
-    return run.engine.kv_dtype
+    """How the cache is held: fp32, bf16 or fp8. auto is the dtype of the linear weights."""
+    return dtype if run.engine.kv_dtype == "auto" else run.engine.kv_dtype
 
 
 def _has_fast_bf16() -> bool:

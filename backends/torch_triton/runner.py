@@ -1,11 +1,9 @@
 """StepBatch in, StepResult out: numpy at the seam, PyTorch below it.
 
-Shape letters as in `backends.base`; X is one cached entry (latent and rope key).
+Shape letters as in `backends.base`.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
@@ -13,12 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...configs.schema import RunConfig
+from ...models.costs import cache_bytes
 from ...models.errors import InputError
 from ...models.sharding import check_divides, stage_layers
 from ...models.spec import ModelSpec
 from ..base import FloatArray, IntArray, StepBatch, StepResult, Weights, next_tokens, output_rows
 from ..limits import cache_blocks, check_supported
 from ..memory import check_memory
+from .cache import check_cache, empty_cache
 from .device import DTYPES, choose_dtype, choose_kv_dtype
 from .model import Model
 from .plan import Plan, make_plan
@@ -37,6 +37,7 @@ class TorchRunner:
         self._mesh = rank.mesh
         self.dtype = choose_dtype(run)
         self.kv_dtype = choose_kv_dtype(run, self.dtype)
+        check_cache(spec, self.kv_dtype)
         self.block_size = run.engine.block_size
         self._replica_blocks = cache_blocks(run, self._mesh.dp.size)
         self.kv_blocks = self._mesh.dp.size * self._replica_blocks
@@ -44,14 +45,15 @@ class TorchRunner:
 
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:
-        spec, dtype, kv_dtype = self.spec, DTYPES[self.dtype], DTYPES[self.kv_dtype]
+        spec, dtype = self.spec, DTYPES[self.dtype]
         source = TensorSource(spec, weights, dtype, self._mesh)
         layers = len(stage_layers(spec, self._mesh.grid, self._mesh.pp.index))
         layers += spec.num_nextn_predict_layers if source.has_mtp and self._mesh.is_last_stage else 0
-        cache_shape = (layers, self._replica_blocks, self.block_size, spec.latent_dim)
-        self._check_memory(weight_bytes(source.held, dtype) + math.prod(cache_shape) * kv_dtype.itemsize)
+        cached = layers * self._replica_blocks * self.block_size
+        self._check_memory(weight_bytes(source.held, dtype) + cached * cache_bytes(spec, self.kv_dtype))
         self._has_mtp = source.has_mtp
-        self._model: Model | None = Model(spec, source, torch.zeros(cache_shape, dtype=kv_dtype), self._max_positions)
+        cache = empty_cache(spec, self.kv_dtype, layers, self._replica_blocks, self.block_size)
+        self._model: Model | None = Model(spec, source, cache, self._max_positions)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> StepResult:

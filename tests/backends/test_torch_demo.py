@@ -29,9 +29,9 @@ def demo():
         yield spec, CheckpointWeights(opened, spec), tokenizer, prompts, [answer for _, answer in sums]
 
 
-def generate(demo, dtype="fp32", backend_name="torch_triton", **options):
+def generate(demo, dtype="fp32", backend_name="torch_triton", kv_dtype="auto", **options):
     spec, weights, tokenizer, prompts, _ = demo
-    runner = loaded(spec, weights, dtype=dtype, backend_name=backend_name)
+    runner = loaded(spec, weights, dtype=dtype, backend_name=backend_name, kv_dtype=kv_dtype)
     limits = EngineLimits(max_batch=8, max_seq_len=BLOCK * WIDTH, max_batch_tokens=64)
     engine = Engine(runner, spec.vocab_size, limits, tokenizer)
     return complete(engine, prompts, GenerationOptions(stop_token_ids=frozenset(spec.eos_token_ids), **options))
@@ -42,9 +42,9 @@ def reference(demo):
     return generate(demo, backend_name="reference")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_greedy_tokens_equal_the_reference(demo, reference, dtype):
-    completions = generate(demo, dtype)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("fp32", "auto"), ("bf16", "auto"), ("bf16", "fp8")])
+def test_greedy_tokens_equal_the_reference(demo, reference, dtype, kv_dtype):
+    completions = generate(demo, dtype, kv_dtype=kv_dtype)
     assert [completion.token_ids for completion in completions] == [completion.token_ids for completion in reference]
     assert [completion.text for completion in completions[len(EVERYDAY) :]] == demo[4]
 

@@ -5,13 +5,17 @@ import pytest
 import torch
 
 from deepspan.backends.base import Sampling
+from deepspan.backends.reference.runner import PagedSequence
 from deepspan.backends.torch_triton import sampling as torch_sampling
 from deepspan.models.catalog import load_spec
+from deepspan.models.dtypes import F8_E4M3_VALUES, bf16_to_f32, f32_to_bf16
 from deepspan.models.errors import InputError
 from deepspan.models.params import parameters
+from deepspan.models.quantise import quantise_activation_fp8
 from deepspan.models.sampling import gumbel_noise, hash_u32, keep_mask, sample
 from tests.backends.opening import (
     BF16,
+    FP8_CACHE,
     DictWeights,
     build,
     loaded,
@@ -81,6 +85,38 @@ def test_the_cache_may_have_another_precision_than_the_weights():
     assert (runner.dtype, runner.kv_dtype) == ("fp32", "bf16")
     assert 1e-5 < median_token_difference(logits_of(runner, tokens, [20] + [1] * 10), wanted) <= BF16
     assert build(V3, dtype="bf16").kv_dtype == "bf16"
+
+
+def _rounded_as_an_fp8_cache_does(latent):
+    append = PagedSequence.append
+
+    def append_rounded(self, layer, entries_TX):
+        codes, scales = quantise_activation_fp8(entries_TX[:, :latent], ue8m0=True)
+        latents = F8_E4M3_VALUES[codes] * scales.repeat(128, 1)[:, :latent]
+        return append(self, layer, np.hstack([latents, bf16_to_f32(f32_to_bf16(entries_TX[:, latent:]))]))
+
+    return append_rounded
+
+
+@pytest.mark.parametrize("name", ["v3", "v3, half-split rope, odd heads"])
+def test_an_fp8_cache_rounds_latents_and_nothing_else(name, monkeypatch):
+    """In FP32 it gives the logits of the reference with the same rounding, in any pieces; without, others."""
+    spec = SPECS[name].replace({"kv_lora_rank": 24})
+    weights, tokens, pieces = DictWeights(random_weights(spec)), random_tokens(spec, 30), [15, 5, 3] + [1] * 7
+    got = logits_of(loaded(spec, weights, kv_dtype="fp8"), tokens, pieces)
+    plain = logits_of(loaded(spec, weights, backend_name="reference"), tokens, [len(tokens)])
+    assert 0.01 < median_token_difference(got, plain) <= FP8_CACHE
+    monkeypatch.setattr(PagedSequence, "append", _rounded_as_an_fp8_cache_does(24))
+    rounded = logits_of(loaded(spec, weights, backend_name="reference"), tokens, [len(tokens)])
+    assert median_token_difference(got, rounded) <= 1e-5
+
+
+def test_an_fp8_cache_under_bf16_weights():
+    spec = V3.replace({"kv_lora_rank": 24})
+    weights, tokens, pieces = DictWeights(random_weights(spec)), random_tokens(spec, 30), [15, 5, 3] + [1] * 7
+    wanted = logits_of(loaded(spec, weights, dtype="bf16"), tokens, pieces)
+    got = logits_of(loaded(spec, weights, dtype="bf16", kv_dtype="fp8"), tokens, pieces)
+    assert 0.01 < median_token_difference(got, wanted) <= FP8_CACHE
 
 
 def test_noise_is_made_of_the_same_integers():
@@ -160,7 +196,7 @@ def test_a_cpu_refuses_to_compute_in_low_precision(dtype):
 
 
 def test_what_a_cpu_does_not_have_is_refused():
-    with pytest.raises(InputError, match=r"engine\.kv_dtype: set it to auto, bf16 or fp32"):
+    with pytest.raises(InputError, match=r"kv_lora_rank 18 is not a multiple of 4: engine\.kv_dtype: fp8"):
         build(V3, kv_dtype="fp8")
     with pytest.raises(InputError, match="does not run on npu yet: device: set it to auto, cuda or cpu"):
         build(V3, device="npu")

@@ -13,6 +13,7 @@ from deepspan.models.quant import dequant_fp8_blocks
 from deepspan.models.quantise import quantise_fp8_blocks
 from tests.backends.opening import (
     BF16,
+    FP8_CACHE,
     DictWeights,
     logits_of,
     median_token_difference,
@@ -103,6 +104,24 @@ def test_drafts_follow_those_of_the_cpu():
     assert same.mean() > 0.7
     assert median_token_difference(got.draft_logits_OV[same], wanted.draft_logits_OV[same]) <= BF16
     assert got.draft_token_ids_O.tolist() == got.draft_logits_OV.argmax(axis=1).tolist()
+
+
+def test_an_fp8_cache_follows_that_of_the_cpu_and_one_in_bf16(monkeypatch):
+    """A prompt, a chunk after it, decoding, several tokens to verify, and drafts, which have a cache of their own."""
+    spec, values, pieces = SPECS["v3"], random_weights(SPECS["v3"]), [7, 6, 1, 3]
+    tokens = random_tokens(spec, sum(pieces))
+
+    def run(runner):
+        return logits_of(runner, tokens, pieces), step(runner, [(1, 0, tokens)], draft=True).draft_logits_OV
+
+    got, drafts = run(loaded(spec, values, "bf16", kv_dtype="fp8"))
+    for kv_dtype, tolerance in (("fp8", BF16), ("fp32", FP8_CACHE)):
+        wanted = logits_of(loaded_on_cpu(spec, DictWeights(values), kv_dtype=kv_dtype), tokens, pieces)
+        assert 0.01 < median_token_difference(got, wanted) <= tolerance
+    twins.put_in_place(monkeypatch)
+    emulated, emulated_drafts = run(loaded(spec, values, "bf16", kv_dtype="fp8"))
+    assert median_token_difference(got, emulated) <= EMULATED
+    assert median_token_difference(drafts, emulated_drafts) <= EMULATED
 
 
 def test_experts_that_a_step_uses_are_counted():

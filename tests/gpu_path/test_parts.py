@@ -104,10 +104,11 @@ def test_cache_blocks_are_what_memory_leaves(monkeypatch):
     run, bigger = (
         build(SPECS["v3"], "fp8", device_memory_gib=gib, max_batch=4096, max_seq_len=96)._run for gib in (64.0, 65.0)
     )
-    blocks, more = (room.blocks_that_fit(spec, chosen, 61, CPU) for chosen in (run, bigger))
-    per_block = 61 * 8 * 576 * 2
-    assert blocks < 40 * GIB / per_block
-    assert abs(more - blocks - 0.9 * GIB / per_block) <= 1
+    for kv_dtype, entry in (("bf16", 1152), ("fp8", 656)):
+        blocks, more = (room.blocks_that_fit(spec, chosen, kv_dtype, 61, CPU) for chosen in (run, bigger))
+        per_block = 61 * 8 * entry
+        assert blocks < 40 * GIB / per_block
+        assert abs(more - blocks - 0.9 * GIB / per_block) <= 1
 
 
 def test_what_does_not_fit_is_refused_before_loading():
@@ -121,7 +122,9 @@ def test_what_does_not_fit_is_refused_before_loading():
         runner.load(Unread())
 
 
-@pytest.mark.parametrize("option, todo", [({"dtype": "w8a8"}, "fp8 or bf16"), ({"kv_dtype": "fp8"}, "auto or bf16")])
+@pytest.mark.parametrize(
+    "option, todo", [({"dtype": "w8a8"}, "fp8 or bf16"), ({"kv_dtype": "fp32"}, "auto, bf16 or fp8")]
+)
 def test_precisions_that_are_not_built_are_refused(option, todo):
     with pytest.raises(InputError, match=todo):
         build(SPECS["v3"], **{"dtype": "auto", **option})

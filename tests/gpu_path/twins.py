@@ -6,7 +6,7 @@ Attention of prompts stays a kernel: its roundings would tip codes of what follo
 import torch
 
 from deepspan.backends.torch_triton.gpu import attention, experts, linear, model, sampling
-from deepspan.backends.torch_triton.kernels import absorb, fp8_linear, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.kernels import absorb, entries, fp8_linear, mla_decode, quant, rope_cache, router
 from deepspan.backends.torch_triton.kernels import experts as expert_kernels
 
 
@@ -32,6 +32,7 @@ def put_in_place(monkeypatch):
     monkeypatch.setattr(attention, "absorb", absorb.absorb_eager)
     monkeypatch.setattr(attention, "mla_decode", _attend)
     monkeypatch.setattr(attention, "rope_cache", rope_cache.rope_cache_eager)
+    monkeypatch.setattr(attention, "read_entries", entries.read_entries_eager)
     monkeypatch.setattr(model, "choose_experts", _choose)
     monkeypatch.setattr(sampling, "best", lambda logits: logits.argmax(dim=1).int())
 

@@ -5,6 +5,7 @@
 """
 
 import collections
+import itertools
 import json
 import sys
 
@@ -14,10 +15,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from deepspan.backends.torch_triton.cache import FP8_CACHE
 from deepspan.backends.torch_triton.kernels import (
     absorb,
     best,
     chips,
+    entries,
     experts,
     fp8_linear,
     grouped,
@@ -141,19 +144,26 @@ def launch_router(chip: chips.Chip) -> None:
             router.choose_experts(empty(tokens, spec.hidden_size), weight, bias, spec, room, shared=1)
 
 
+def caches():
+    """One in BF16, one in FP8."""
+    return empty(1000, 64, 576), empty(1000, 64, 656, dtype=FP8_CACHE)
+
+
 def launch_mla(chip: chips.Chip) -> None:
-    for heads, queries in ((16, 1), (16, 2), (128, 1)):
-        for parts in (1, 8):
-            mla_decode.mla_decode(
-                empty(8 * queries, heads, 576), empty(1000, 64, 576), empty(8, 99, dtype=torch.int32),
-                empty(8, dtype=torch.int32), 0.1, 512, longest=4096, parts=parts,
-            )  # fmt: skip
+    for cache in caches():
+        for heads, queries in ((16, 1), (16, 2), (128, 1)):
+            for parts in (1, 8):
+                mla_decode.mla_decode(
+                    empty(8 * queries, heads, 576), cache, empty(8, 99, dtype=torch.int32),
+                    empty(8, dtype=torch.int32), 0.1, 512, longest=4096, parts=parts,
+                )  # fmt: skip
+        entries.read_entries(cache, empty(5000, dtype=torch.int64), 512, 64)
 
 
 def launch_around_attention(chip: chips.Chip) -> None:
     tables = rope_cache.Tables(empty(4096, 32, dtype=torch.float32), empty(4096, 32, dtype=torch.float32))
-    for heads, tokens in ((128, 1), (128, 128), (16, 8), (128, 600)):
-        q, kv, cache = empty(tokens, heads, 192), empty(tokens, 576), empty(1000, 64, 576)
+    for (heads, tokens), cache in itertools.product(((128, 1), (128, 128), (16, 8), (128, 600)), caches()):
+        q, kv = empty(tokens, heads, 192), empty(tokens, 576)
         at = empty(tokens, dtype=torch.int32), empty(tokens, dtype=torch.int32)
         rope_cache.rope_cache(kv, empty(512), 1e-6, q[:, :, 128:], q[:, :, 128:], *at, tables, cache)
         absorb.absorb(q, empty(heads, 128, 512), kv, empty(512), 1e-6, *at, tables, cache)
@@ -178,7 +188,10 @@ def launch_best(chip: chips.Chip) -> None:
 def main(name: str) -> None:
     chip = chips.chip_named(name)
     launches = Launches(chip)
-    for module in (quant, fp8_linear, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, best):
+    modules = (
+        quant, fp8_linear, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries, best,
+    )  # fmt: skip
+    for module in modules:
         module.chip_of = lambda device: chip
     for module in (fp8_linear, best):
         module.counters = lambda device: empty(1 << 14, dtype=torch.int32)

@@ -9,13 +9,15 @@ import torch
 from deepspan.backends.torch_triton.kernels import absorb as kernel
 from deepspan.backends.torch_triton.kernels import rope_cache
 from deepspan.models.rope import rope_tables
+from tests.kernels.caches import DTYPES, assert_same_entries, poisoned
 from tests.kernels.test_mla_decode import distance
 from tests.kernels.test_rope_cache import frame
 from tests.specs import make
 
 
-@pytest.mark.parametrize("tokens, heads, nope, latent, rope", [(3, 2, 128, 512, 64), (21, 3, 16, 18, 6)])
-def test_absorbed_queries_and_cache_entries(tokens, heads, nope, latent, rope):
+@pytest.mark.parametrize("tokens, heads, nope, latent, rope", [(3, 2, 128, 512, 64), (21, 3, 16, 20, 6)])
+@pytest.mark.parametrize("held", DTYPES)
+def test_absorbed_queries_and_cache_entries(tokens, heads, nope, latent, rope, held):
     q, kv = frame(tokens, heads, nope + rope), frame(tokens, latent + rope, seed=1)
     k_b, weight = frame(heads, nope, latent, seed=2), torch.rand(latent) + 0.5
     tables = rope_cache.Tables(*map(torch.from_numpy, rope_tables(make(qk_rope_head_dim=rope), 256)))
@@ -24,9 +26,8 @@ def test_absorbed_queries_and_cache_entries(tokens, heads, nope, latent, rope):
     slots[1] = -1
     results = []
     for absorb in (kernel.absorb, kernel.absorb_eager):
-        cache = torch.full((8, 6, latent + rope + 7), torch.nan).bfloat16()[:, :5, : latent + rope]
+        cache = poisoned(8, 5, latent, rope, held)
         results.append((absorb(q, k_b, kv, weight, 1e-6, positions, slots, tables, cache), cache))
     (got, cache), (want, cache_twin) = results
     assert distance(got, want) < 2**-8
-    torch.testing.assert_close(cache, cache_twin, rtol=2**-7, atol=1e-6, equal_nan=True)
-    assert int(cache.isfinite().all(-1).sum()) == tokens - 1
+    assert_same_entries(cache, cache_twin, latent, count=tokens - 1)

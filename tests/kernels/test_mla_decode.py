@@ -6,22 +6,26 @@ Every cache slot that holds no visible token is NaN, and every table entry past 
 import pytest
 import torch
 
+from deepspan.backends.torch_triton.cache import FP8_CACHE, to_entries
 from deepspan.backends.torch_triton.kernels import mla_decode as kernel
+from deepspan.backends.torch_triton.kernels.chips import chip_named
 from deepspan.models.errors import DeepspanError
+from tests.kernels.caches import DTYPES, poisoned
 
 
-def case(lengths, page, heads, latent, rope, queries=1, seed=0):
+def case(lengths, page, heads, latent, rope, queries=1, seed=0, held=torch.bfloat16):
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-length // page) for length in lengths]
     blocks = sum(needed) + 3
     order = torch.randperm(blocks, generator=generator).tolist()
-    cache = torch.full((blocks, page + 1, latent + rope + 5), torch.nan).bfloat16()[:, :page, : latent + rope]
+    cache = poisoned(blocks, page, latent, rope, held)
     table = torch.full((len(lengths), max(needed) + 2), 2**31 - 1, dtype=torch.int32)
     for b, length in enumerate(lengths):
         for i in range(needed[b]):
             table[b, i] = order.pop()
             count = min(page, length - i * page)
-            cache[int(table[b, i]), :count] = torch.randn(count, latent + rope, generator=generator).bfloat16()
+            values = torch.randn(count, latent + rope, generator=generator) * (1 + i)
+            cache[int(table[b, i]), :count] = to_entries(values, latent, held)
     q = torch.full((len(lengths) * queries, heads + 1, latent + rope + 3), torch.nan).bfloat16()
     q = q[:, :heads, : latent + rope]
     q[:] = torch.randn(q.shape, generator=generator)
@@ -32,11 +36,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("heads, latent, rope", [(4, 512, 64), (20, 32, 16), (3, 18, 6)])
+@pytest.mark.parametrize("heads, latent, rope", [(4, 512, 64), (20, 196, 16), (3, 20, 6)])
 @pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("held", DTYPES)
 @pytest.mark.parametrize("page", [64, 7])
-def test_equals_softmax_attention(heads, latent, rope, queries, page):
-    q, cache, table, lengths = case([5, 131, 0, 64], page, heads, latent, rope, queries)
+def test_equals_softmax_attention(heads, latent, rope, queries, held, page):
+    q, cache, table, lengths = case([5, 131, 0, 64], page, heads, latent, rope, queries, held=held)
     for parts in (1, 3):
         got = kernel.mla_decode(q, cache, table, lengths, 0.1, latent, longest=200, parts=parts)
         want = kernel.mla_decode_eager(q, cache, table, lengths, 0.1, latent)
@@ -44,11 +49,21 @@ def test_equals_softmax_attention(heads, latent, rope, queries, page):
         assert not got[2 * queries : 3 * queries].any()
 
 
-def test_large_tiles_and_large_scores():
-    q, cache, table, lengths = case([1, 300], 64, 65, 64, 16)
+@pytest.mark.parametrize("held", DTYPES)
+def test_large_tiles_and_large_scores(held):
+    q, cache, table, lengths = case([1, 300], 64, 65, 64, 16, held=held)
     config = kernel.Config(64, 64, 8, 2)
     got = kernel.mla_decode(q * 8, cache, table, lengths, 1.0, 64, longest=300, parts=2, config=config)
     assert distance(got, kernel.mla_decode_eager(q * 8, cache, table, lengths, 1.0, 64)) < 2**-7
+
+
+@pytest.mark.parametrize("name", ["sm_80", "gfx942"])
+def test_fp8_entries_are_read_alike_without_an_instruction(name, monkeypatch):
+    q, cache, table, lengths = case([70, 9], 16, 4, 132, 8, held=FP8_CACHE)
+    tiling = {"longest": 80, "parts": 2, "config": kernel.Config(16, 32, 4, 1)}
+    with_one = kernel.mla_decode(q, cache, table, lengths, 0.1, 132, **tiling)
+    monkeypatch.setattr(kernel, "chip_of", lambda device: chip_named(name))
+    assert torch.equal(kernel.mla_decode(q, cache, table, lengths, 0.1, 132, **tiling), with_one)
 
 
 def test_parts_are_a_matter_of_speed():
@@ -60,7 +75,11 @@ def test_parts_are_a_matter_of_speed():
 
 def test_what_it_cannot_take_is_one_clear_error():
     q, cache, table, lengths = case([9], 16, 4, 32, 16)
-    with pytest.raises(DeepspanError, match="cache .* for queries of 48: kernel mla_decode"):
+    with pytest.raises(DeepspanError, match="cache .*, not of 48: kernel mla_decode"):
         kernel.mla_decode(q, cache[:, :, :40], table, lengths, 1.0, 32, 9)
+    _, in_fp8, *_ = case([9], 16, 4, 32, 16, held=FP8_CACHE)
+    misaligned = torch.cat([in_fp8, in_fp8[..., :2]], -1)[..., :-2]
+    with pytest.raises(DeepspanError, match=r"FP8 cache of latents of 32 with strides .*1120, 70, 1"):
+        kernel.mla_decode(q, misaligned, table, lengths, 1.0, 32, 9)
     with pytest.raises(DeepspanError, match="must be int32"):
         kernel.mla_decode(q, cache, table.long(), lengths, 1.0, 32, 9)

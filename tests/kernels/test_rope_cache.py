@@ -1,4 +1,5 @@
 """RoPE, latent norm and cache write against their twin. Tolerance: 1 BF16 ulp (sums and products in another order).
+In FP8, a latent on the border between two codes may get the other one.
 
 Untouched cache slots and everything around the inputs are NaN.
 """
@@ -8,6 +9,7 @@ import torch
 
 from deepspan.backends.torch_triton.kernels import rope_cache as kernel
 from deepspan.models.rope import rope_tables
+from tests.kernels.caches import DTYPES, assert_same_entries, poisoned
 from tests.specs import make
 
 
@@ -20,10 +22,11 @@ def frame(*shape: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
     return view
 
 
-@pytest.mark.parametrize("latent, rope, heads", [(512, 64, 4), (18, 6, 3), (32, 16, 40)])
+@pytest.mark.parametrize("latent, rope, heads", [(512, 64, 4), (20, 6, 3), (196, 16, 40)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("held", DTYPES)
 @pytest.mark.parametrize("page", [64, 5])
-def test_equals_its_twin(latent, rope, heads, dtype, page):
+def test_equals_its_twin(latent, rope, heads, dtype, held, page):
     tokens = 4
     kv = frame(tokens, latent + rope, dtype=dtype)
     q = frame(tokens, heads, rope, seed=1)
@@ -33,14 +36,13 @@ def test_equals_its_twin(latent, rope, heads, dtype, page):
     tables = kernel.Tables(*map(torch.from_numpy, rope_tables(make(qk_rope_head_dim=rope), 256)))
     results = []
     for write in (kernel.rope_cache, kernel.rope_cache_eager):
-        cache = torch.full((4, page + 1, latent + rope + 7), torch.nan).bfloat16()[:, :page, : latent + rope]
+        cache = poisoned(4, page, latent, rope, held)
         out = torch.full((tokens, heads, latent + rope), torch.nan).bfloat16()
         write(kv, weight, 1e-6, q, out[:, :, latent:], positions, slots, tables, cache)
         results.append((cache, out))
     (cache, out), (cache_twin, out_twin) = results
-    torch.testing.assert_close(cache, cache_twin, rtol=2**-7, atol=1e-6, equal_nan=True)
+    assert_same_entries(cache, cache_twin, latent, count=3)
     torch.testing.assert_close(out, out_twin, rtol=2**-7, atol=1e-6, equal_nan=True)
-    assert int(cache.isfinite().all(-1).sum()) == 3
 
 
 def test_queries_may_be_rotated_in_place():

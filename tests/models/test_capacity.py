@@ -2,8 +2,9 @@
 
 import pytest
 
-from deepspan.models.capacity import Precision, cache_bytes, plan_stages
+from deepspan.models.capacity import Precision, plan_stages
 from deepspan.models.catalog import load_spec
+from deepspan.models.costs import cache_bytes
 from deepspan.models.errors import InputError
 from deepspan.models.params import total_parameters
 from deepspan.models.sharding import Grid

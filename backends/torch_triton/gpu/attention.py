@@ -5,8 +5,8 @@ Few new tokens of a sequence attend in the absorbed form, prompts in the expande
 sequences.
 
 Shape letters: T tokens of the step, A tokens in absorbed form, B sequences, Q new tokens of a sequence, S visible
-positions, H heads, N nope dim, R rope dim, V value dim, Y = N + V, C latent, X = C + R, P cache blocks, Z slots of one, E
-width of a cache entry.
+positions, H heads, N nope dim, R rope dim, V value dim, Y = N + V, C latent, X = C + R, P cache blocks, Z slots of one,
+E width of a cache entry.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
     attention = tokens * heads * (2 * spec.qk_head_dim + 3 * spec.v_head_dim) + tokens * (spec.q_lora_rank or 0)
     expanded = max(length, tokens) * (heads * (spec.qk_nope_head_dim + spec.v_head_dim) + spec.latent_dim)
     choices = spec.num_experts_per_tok + spec.n_shared_experts
-    experts = run.parallel.dp * tokens * choices * (2 * hidden + 2 * spec.moe_intermediate_size)  # FP32 results count twice
+    widths = 2 * hidden + 2 * spec.moe_intermediate_size  # FP32 results count twice
+    experts = run.parallel.dp * tokens * choices * widths
     dense = tokens * 4 * spec.intermediate_size
     values = 6 * tokens * hidden + max(attention + expanded, experts, dense)
     return 2 * values + 12 * max(run.engine.max_batch, 8) * spec.vocab_size + _LIBRARIES

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import pdl
+from . import entries, pdl
 from .chips import check, chip_of, options
-from .rope_cache import Tables, rope_cache_eager, rotated
+from .rope_cache import Tables, angles, rope_cache_eager, rotated, write_entries
 
 FEW_TOKENS = 8
 _SPLITS = 2  # programs of a head
@@ -26,13 +26,13 @@ _SPLITS = 2  # programs of a head
 def _absorb(
     q_ptr, q_stride_t, q_stride_h, k_b_ptr, k_b_stride_h, k_b_stride_n, out_ptr, out_stride_t, out_stride_h,
     kv_ptr, kv_stride, weight_ptr, eps, position_ptr, slot_ptr, cos_ptr, sin_ptr, cache_ptr, cache_stride_block,
-    cache_stride_token, T, H, N, C, R, SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Z: tl.constexpr, PDL: tl.constexpr,
+    cache_stride_token, T, H, N, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Z: tl.constexpr,
+    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: SPLITS programs of each head, then one for the keys; tiles of T."""
     t_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid_T = t_T < T
-    z_Z = tl.arange(0, BLOCK_Z)
     h = tl.program_id(0) // SPLITS
     if h < H:
         n_N = tl.arange(0, BLOCK_N)
@@ -47,8 +47,8 @@ def _absorb(
         latent_TJ = tl.dot(q_TN, k_b_NJ)
         tl.store(out_ptrs_T[:, None] + j_J[None, :], latent_TJ, mask=valid_T[:, None] & (j_J < C)[None, :])
         if tl.program_id(0) % SPLITS == 0:
-            cos_TZ, sin_TZ = _angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, z_Z, R)
-            r_Z2 = 2 * z_Z[:, None] + tl.arange(0, 2)[None, :]
+            cos_TZ, sin_TZ = angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, R, BLOCK_Z)
+            r_Z2 = 2 * tl.arange(0, BLOCK_Z)[:, None] + tl.arange(0, 2)[None, :]
             mask_TZ2 = valid_T[:, None, None] & (r_Z2 < R)[None, :, :]
             q_TZ2 = tl.load(q_ptrs_T[:, None, None] + N + r_Z2[None, :, :], mask=mask_TZ2, other=0.0)
             rotated_TZ2 = rotated(q_TZ2, cos_TZ, sin_TZ)
@@ -58,28 +58,11 @@ def _absorb(
         weight_C = tl.load(weight_ptr + c_C, mask=c_C < C, other=0.0).to(tl.float32)
         pdl.wait(PDL)
         pdl.release(PDL)
-        slot_T = tl.load(slot_ptr + t_T, mask=valid_T, other=-1).to(tl.int64)
-        written_T = slot_T >= 0
-        entry_ptrs_T = cache_ptr + slot_T // PAGE * cache_stride_block + slot_T % PAGE * cache_stride_token
-        kv_ptrs_T = kv_ptr + t_T.to(tl.int64) * kv_stride
-        mask_TC = written_T[:, None] & (c_C < C)[None, :]
-        latent_TC = tl.load(kv_ptrs_T[:, None] + c_C[None, :], mask=mask_TC, other=0.0).to(tl.float32)
-        scale_T = tl.rsqrt(tl.sum(latent_TC * latent_TC, 1) / C + eps)
-        tl.store(entry_ptrs_T[:, None] + c_C[None, :], latent_TC * scale_T[:, None] * weight_C[None, :], mask=mask_TC)
-        cos_TZ, sin_TZ = _angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, z_Z, R)
-        r_Z2 = 2 * z_Z[:, None] + tl.arange(0, 2)[None, :]
-        mask_TZ2 = written_T[:, None, None] & (r_Z2 < R)[None, :, :]
-        key_TZ2 = tl.load(kv_ptrs_T[:, None, None] + C + r_Z2[None, :, :], mask=mask_TZ2, other=0.0)
-        rotated_TZ2 = rotated(key_TZ2, cos_TZ, sin_TZ)
-        tl.store(entry_ptrs_T[:, None, None] + C + r_Z2[None, :, :], rotated_TZ2, mask=mask_TZ2)
-
-
-@triton.jit
-def _angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, z_Z, R):
-    position_T = tl.load(position_ptr + t_T, mask=valid_T, other=0).to(tl.int64)
-    place_TZ = (position_T * (R // 2))[:, None] + z_Z[None, :]
-    mask_TZ = valid_T[:, None] & (z_Z < R // 2)[None, :]
-    return tl.load(cos_ptr + place_TZ, mask=mask_TZ, other=0.0), tl.load(sin_ptr + place_TZ, mask=mask_TZ, other=0.0)
+        cos_TZ, sin_TZ = angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, R, BLOCK_Z)
+        write_entries(
+            kv_ptr, kv_stride, weight_C, eps, slot_ptr, cache_ptr, cache_stride_block, cache_stride_token, t_T, valid_T,
+            cos_TZ, sin_TZ, C, R, PAGE, INSTRUCTION,
+        )  # fmt: skip
 
 
 def absorb(
@@ -104,9 +87,9 @@ def absorb(
     rope = width - nope
     check(len(k_b_HNC) == heads and len(weight_C) == latent, f"kv_b {tuple(k_b_HNC.shape)}", name)
     check(kv_TX.shape == (tokens, latent + rope), f"keys {tuple(kv_TX.shape)}", name)
-    check(cache.dim() == 3 and cache.shape[2] == latent + rope, f"cache {tuple(cache.shape)}", name)
+    entries.check_cache(cache, latent, rope, name)
     check(len(positions_T) == len(slots_T) == tokens, "one position and one slot per token", name)
-    contiguous = all(x.stride(-1) == 1 for x in (q_THY, k_b_HNC, kv_TX, cache, positions_T, slots_T))
+    contiguous = all(x.stride(-1) == 1 for x in (q_THY, k_b_HNC, kv_TX, positions_T, slots_T))
     check(contiguous and tables.cos.is_contiguous() and tables.sin.is_contiguous(), "rows must be contiguous", name)
     check(tables.cos.shape[1] == rope // 2, f"tables of {tables.cos.shape[1]} pairs", name)
     chip = chip_of(cache.device)
@@ -119,7 +102,7 @@ def absorb(
         weight_C, eps, positions_T, slots_T, *tables, cache, *cache.stride()[:2], tokens, heads, nope, latent, rope,
         SPLITS=splits, PAGE=cache.shape[1], BLOCK_T=block_t, BLOCK_N=max(16, triton.next_power_of_2(nope)),
         BLOCK_J=max(16, block_c // splits), BLOCK_C=block_c, BLOCK_Z=triton.next_power_of_2(rope // 2),
-        PDL=chip.dependent_launch, **options(chip, 8),
+        INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch, **options(chip, 8),
     )  # fmt: skip
     return out
 

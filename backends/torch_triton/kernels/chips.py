@@ -26,6 +26,11 @@ class Chip:
     shared_memory: int = 64 << 10  # bytes a program may use
 
     @property
+    def decodes_fp8(self) -> bool:
+        """Whether an instruction converts e4m3fn codes; otherwise integer operations do."""
+        return self.fp8_units and not self.fnuz
+
+    @property
     def fp8(self) -> torch.dtype:
         """The dtype of FP8 codes on this chip."""
         return torch.float8_e4m3fnuz if self.fnuz else torch.float8_e4m3fn

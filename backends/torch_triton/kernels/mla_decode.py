@@ -5,7 +5,7 @@ and query tokens if heads are few: the cache is read once per tile. Contexts are
 the chip; a second kernel merges the parts in their order.
 
 Shape letters: B sequences, Q query tokens of a sequence, H heads, N query rows of a tile (token major), S cached tokens
-of a tile, C latent (kv_lora_rank), R rope dim, X = C + R, P parts of a context.
+of a tile, C latent (kv_lora_rank), R rope dim, X = C + R, E width of a cache entry, P parts of a context.
 Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1.2; online softmax: FlashAttention-2, FlashDecoding.
 """
 
@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import pdl
+from ..cache import from_entries
+from . import entries, pdl
 from .chips import Chip, check, chip_of, options
 
 LOG2_E = 1.4426950408889634
@@ -26,9 +27,9 @@ LOG2_E = 1.4426950408889634
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q_ptr, q_stride_t, q_stride_h, cache_ptr, cache_stride_block, cache_stride_token, table_ptr, table_stride,
-    length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, C, R, PAGE: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, C: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    INSTRUCTION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of query rows, parts, sequences. Writes BF16 results, or with parts FP32 ones and their log-sums."""
     b = tl.program_id(2)
@@ -59,13 +60,11 @@ def _attend(
         else:
             block_S = tl.load(table_ptr + b * table_stride + s_S // PAGE, mask=s_S < length, other=0).to(tl.int64)
             token_ptrs_S = cache_ptr + block_S * cache_stride_block + (s_S % PAGE) * cache_stride_token
-        mask_SC = tl.broadcast_to((s_S < length)[:, None], (BLOCK_S, BLOCK_C))
+        k_SC = entries.load_latents(token_ptrs_S, s_S < length, C, BLOCK_C, INSTRUCTION)
         mask_SR = tl.broadcast_to((s_S < length)[:, None], (BLOCK_S, BLOCK_R))
-        if not EVEN:
-            mask_SC &= (c_C < C)[None, :]
+        if R != BLOCK_R:
             mask_SR &= (r_R < R)[None, :]
-        k_SC = tl.load(token_ptrs_S[:, None] + c_C[None, :], mask=mask_SC, other=0.0)
-        k_SR = tl.load(token_ptrs_S[:, None] + C + r_R[None, :], mask=mask_SR, other=0.0)
+        k_SR = tl.load(entries.rope_keys(token_ptrs_S, C)[:, None] + r_R[None, :], mask=mask_SR, other=0.0)
         score_NS = tl.dot(q_NC, tl.trans(k_SC))
         score_NS = tl.dot(q_NR, tl.trans(k_SR), score_NS) * scale_log2
         score_NS = tl.where(s_S[None, :] < visible_N[:, None], score_NS, float("-inf"))
@@ -148,8 +147,8 @@ def mla_decode(
 ) -> torch.Tensor:
     """Weighted latents, BF16 [T, H, C], of absorbed queries [T, H, C + R]; T = B Q, sequence by sequence.
 
-    ``cache`` BF16 [blocks, block_size, C + R]; ``table`` int32 [B, ...], a sequence's blocks in order, anything after
-    them; ``lengths`` int32 [B] counts the query tokens too, and is 0 for a row of padding, whose result is 0.
+    ``cache`` [blocks, block_size, E], BF16 or FP8; ``table`` int32 [B, ...], a sequence's blocks in order, anything
+    after them; ``lengths`` int32 [B] counts the query tokens too, and is 0 for a row of padding, whose result is 0.
     ``longest`` is a bound on the lengths that is known before they are.
     """
     name = "mla_decode"
@@ -157,9 +156,9 @@ def mla_decode(
     batch = len(lengths)
     rope = width - latent
     check(tokens % batch == 0, f"{tokens} query tokens of {batch} sequences", name)
-    check(cache.dim() == 3 and cache.shape[2] == width, f"cache {tuple(cache.shape)} for queries of {width}", name)
-    check(q_THX.dtype == torch.bfloat16 and cache.dtype == torch.bfloat16, f"cache in {cache.dtype}", name)
-    check(q_THX.stride(2) == 1 and cache.stride(2) == 1 and table.stride(1) == 1, "rows must be contiguous", name)
+    entries.check_cache(cache, latent, rope, name)
+    check(q_THX.dtype == torch.bfloat16, f"queries in {q_THX.dtype}", name)
+    check(q_THX.stride(2) == 1 and table.stride(1) == 1, "rows must be contiguous", name)
     check(table.dtype == torch.int32 and lengths.dtype == torch.int32, "tables and lengths must be int32", name)
     check(table.shape[0] == batch and lengths.is_contiguous(), f"table {tuple(table.shape)}", name)
     chip = chip_of(q_THX.device)
@@ -177,7 +176,7 @@ def mla_decode(
         q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
         lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
         BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c, BLOCK_R=block_r,
-        EVEN=block_c == latent and block_r == rope, STAGES=config.stages, PDL=chip.dependent_launch,
+        INSTRUCTION=chip.decodes_fp8, STAGES=config.stages, PDL=chip.dependent_launch,
         **options(chip, config.warps, config.stages),
     )  # fmt: skip
     if parts > 1:
@@ -198,9 +197,9 @@ def mla_decode_eager(
     out = q_THX.new_zeros(*q_THX.shape[:2], latent, dtype=torch.float32)
     for b, length in enumerate(lengths.tolist()):
         blocks = table[b, : triton.cdiv(length, page)].long()
-        entries_SX = cache[blocks].flatten(0, 1)[:length].float()
+        values_SX = from_entries(cache[blocks].flatten(0, 1)[:length], latent, torch.float32)
         for q in range(queries):
-            seen_SX = entries_SX[: max(0, length - (queries - 1 - q))]
+            seen_SX = values_SX[: max(0, length - (queries - 1 - q))]
             if len(seen_SX):
                 weights_HS = torch.softmax(q_THX[b * queries + q].float() @ seen_SX.t() * scale, -1)
                 out[b * queries + q] = weights_HS @ seen_SX[:, :latent]
