@@ -198,6 +198,8 @@ def test_a_cpu_refuses_to_compute_in_low_precision(dtype):
 def test_what_a_cpu_does_not_have_is_refused():
     with pytest.raises(InputError, match=r"kv_lora_rank 18 is not a multiple of 4: engine\.kv_dtype: fp8"):
         build(V3, kv_dtype="fp8")
+    with pytest.raises(InputError, match="kv_dtype fp8: reference backend: it runs on the cpu in fp32"):
+        build(V3, kv_dtype="fp8", backend_name="reference")
     with pytest.raises(InputError, match="does not run on npu yet: device: set it to auto, cuda or cpu"):
         build(V3, device="npu")
 

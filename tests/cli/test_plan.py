@@ -34,6 +34,15 @@ def test_mutated_deployments_are_refused(deepspan, changes, message):
     assert result.code == 2 and message in result.err.splitlines()[-1]
 
 
+def test_an_fp8_cache_holds_more_tokens(deepspan):
+    plain, fp8 = (
+        json.loads(deepspan("plan", "h200_8_fp8", "--set", f"engine.kv_dtype={dtype}", "--json").out)
+        for dtype in ("bf16", "fp8")
+    )
+    assert [found["stages"][0]["kv_bytes_per_token"] for found in (plain, fp8)] == [62 * 1152, 62 * 656]
+    assert fp8["kv_tokens"] == pytest.approx(plain["kv_tokens"] * 1152 / 656, rel=1e-5)
+
+
 def test_without_a_memory_size_it_says_what_to_set(deepspan):
     result = deepspan("plan", "demo_reference")
     assert result.code == 0
