@@ -6,6 +6,7 @@ W8A8 and expert-parallel variants, and ``run_predict_deepseek.py``).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,6 +51,7 @@ _SIZES = {
     "topk_group": "topk_group",
     "routed_scaling_factor": "routed_scaling_factor",
 }
+_NPUS = 8
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -74,6 +76,8 @@ def run_from_mindformers(values: Mapping[str, Any], where: str) -> tuple[dict[st
             _put(run, ours, value)
     run["model"]["overrides"] = _sizes(keys)
     run["dtype"] = _dtype(keys)
+    if keys.pop("use_parallel", False):
+        run["launch"] = _launch(run.get("parallel", {}))
     if memory := keys.pop("context.max_device_memory", None):
         _put(run, "engine.device_memory_gib", _gib(memory, where))
     if keys.pop("model.model_config.do_sample", False) is False:
@@ -102,6 +106,14 @@ def _sizes(keys: dict[str, Any]) -> dict[str, Any]:
             if (value := keys.pop(section + name, None)) is not None:
                 found[ours] = value
     return found
+
+
+def _launch(parallel: Mapping[str, int]) -> dict[str, Any]:
+    """The launcher that these YAMLs are written for, unless one process is all; an Atlas node has eight NPUs."""
+    ranks = math.prod(parallel.get(degree, 1) for degree in ("tp", "dp", "pp"))
+    if ranks == 1:
+        return {}
+    return {"launcher": "msrun", "nodes": -(-ranks // _NPUS), "procs_per_node": min(ranks, _NPUS)}
 
 
 def _dtype(keys: dict[str, Any]) -> str:

@@ -68,6 +68,7 @@ def test_the_sample_becomes_a_run(tmp_path):
     assert (run.backend, run.device, run.dtype) == ("mindspore_ascend", "ascend", "bf16")
     assert (run.model.path, run.model.tokenizer) == ("/weights/deepseek", "/weights/tokenizer.json")
     assert Grid(**run.parallel.model_dump()).world_size == 32
+    assert (run.launch.launcher, run.launch.nodes, run.launch.procs_per_node) == ("msrun", 4, 8)
     engine, sampling = run.engine, run.sampling
     assert (engine.max_batch, engine.max_seq_len, engine.block_size, engine.device_memory_gib) == (1, 4096, 16, 61)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_new_tokens) == (0, 1, 1, 1024)
@@ -120,3 +121,8 @@ def test_what_is_no_inference_run_is_refused(tmp_path, changes, message):
 def test_overrides_apply_to_the_mapped_keys(tmp_path):
     run = load_run(write(tmp_path), ["backend=torch_triton", "device=cpu", "parallel.tp=1"])
     assert (run.backend, run.device, run.parallel.tp) == ("torch_triton", "cpu", 1)
+
+
+def test_a_single_rank_needs_no_launcher(tmp_path):
+    run = load_run(write(tmp_path, {"parallel_config.model_parallel": 1}), note=lambda line: None)
+    assert run.launch.launcher == "none"
