@@ -51,6 +51,15 @@ class Weights(Protocol):
     ) -> tuple[NDArray[np.int8], FloatArray] | None:
         """Signed codes [out, in], or a slice, and multipliers [out] of a weight that is stored so, else None."""
 
+    def static_input(
+        self, name: str, rows: tuple[int, int] | None = None
+    ) -> tuple[float, int, NDArray[np.int32] | None] | None:
+        """How the checkpoint maps a weight's inputs to INT8: clip(round(x / scale + offset), -128, 127).
+
+        The scale, the offset, and what is added to the sums of products [out] for it; None there when that follows from
+        the codes: -offset times their sum. None when activations are quantised as they come.
+        """
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -101,12 +101,16 @@ def _int8_channels(stored: Stored, parts: Parts, window: Window, dtype: str) -> 
 
 
 def _ascend_static(stored: Stored, parts: Parts, window: Window, dtype: str) -> NDArray:
-    """deq_scale is the activation's scale times the weight's; FP16 models hold its FP32 pattern in 64 bits."""
+    return dequant_int8_channels(parts["weight"], ascend_weight_scales(parts), dtype)
+
+
+def ascend_weight_scales(parts: Parts) -> NDArray:
+    """[N, 1]: deq_scale is the activation's scale times the weight's; FP16 models hold its FP32 pattern in 64 bits."""
     deq_scale = parts["deq_scale"]
     if deq_scale.dtype == np.int64:
         deq_scale = deq_scale.astype(np.int32).view(np.float32)
-    scales = deq_scale.reshape(-1, 1) / parts["input_scale"].reshape(-1)[0]
-    return dequant_int8_channels(parts["weight"], scales, dtype)
+    scales: NDArray = deq_scale.reshape(-1, 1) / parts["input_scale"].reshape(-1)[0]
+    return scales
 
 
 def _int4_ranges(stored: Stored, window: Window) -> Ranges:

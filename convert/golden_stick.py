@@ -21,7 +21,8 @@ from .safetensors import TensorInfo
 
 CODES = "_layer.weight"
 _SCALE, _PRODUCT, _INPUT = "_layer.matmul.weight_scale", "_layer.matmul.dequant_scale", "quant_op.input_scale"
-_COMPANIONS = (_SCALE, _PRODUCT, _INPUT, "_layer.matmul.quant_bias", "quant_op.input_zp", "quant_op.beta")
+_ZERO_POINT, _BETA = "quant_op.input_zp", "quant_op.beta"
+_COMPANIONS = (_SCALE, _PRODUCT, _INPUT, "_layer.matmul.quant_bias", _ZERO_POINT, _BETA)
 
 
 def plain_names(names: Iterable[str]) -> set[str]:
@@ -37,10 +38,12 @@ class _Module:
     codes: TensorInfo
     scale: TensorInfo
     input_scale: TensorInfo | None
+    input_zp: TensorInfo | None
+    beta: TensorInfo | None
 
 
 class GoldenStickReader(MeteredReader):
-    """A reader that gives quantised modules, found by `plain`, as the BF16 weights that they mean, rounded once."""
+    """A reader that gives quantised modules, found by `plain`, as the weights that they mean: BF16, by `exact` FP32."""
 
     def __init__(self, meter: Meter):
         super().__init__(meter)
@@ -57,6 +60,11 @@ class GoldenStickReader(MeteredReader):
                 found[weight.name] = weight
         return MappingProxyType({name: found[name] for name in sorted(found)})
 
+    def exact(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """The result of `plain` with quantised modules as FP32: what they mean before it is rounded."""
+        found = {name: replace(info, dtype="F32") if name in self._modules else info for name, info in tensors.items()}
+        return MappingProxyType(found)
+
     def read_window(
         self, info: TensorInfo, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
     ) -> NDArray:
@@ -71,7 +79,22 @@ class GoldenStickReader(MeteredReader):
             codes *= scales[first:last, None]
         else:
             codes *= scales[np.arange(first, last) // module.codes.shape[1], left:right]
-        return f32_to_bf16(codes)
+        return codes if info.dtype == "F32" else f32_to_bf16(codes)
+
+    def static_input(self, name: str) -> tuple[float, int] | None:
+        """Scale and zero point of a weight's inputs where they are static, else None.
+
+        InputError for inputs that are shifted by ``beta`` first (outlier suppression).
+        """
+        module = self._modules.get(name)
+        if module is None or module.input_scale is None:
+            return None
+        if module.beta is not None and to_f32(self.read(module.beta), module.beta.dtype).any():
+            what = f"{module.beta.name} is not zero: shifted activations (outlier suppression) are not supported"
+            raise InputError(what, str(module.beta.path), "use the checkpoint with dtype: bf16, or a dynamic one")
+        scale = to_f32(self.read(module.input_scale), module.input_scale.dtype)
+        zero_point = 0 if module.input_zp is None else int(self.read(module.input_zp).reshape(-1)[0])
+        return float(scale.reshape(-1)[0]), zero_point
 
     def _scales(self, module: _Module) -> Float32:
         scales = to_f32(self.read(module.scale), module.scale.dtype)
@@ -94,4 +117,6 @@ def _module(prefix: str, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -
             f"{found.name} is {found.dtype} {list(found.shape)} for {codes.name} of {codes.dtype} {list(codes.shape)}"
         )
         raise InputError(what, str(codes.path), "get the checkpoint that belongs to this config.json")
-    return _Module(codes, found, None if scale else input_scale)
+    if scale:
+        return _Module(codes, found, None, None, None)
+    return _Module(codes, found, input_scale, tensors.get(prefix + _ZERO_POINT), tensors.get(prefix + _BETA))

@@ -44,7 +44,14 @@ class LayoutSource:
         """None: the layouts hold no FP8."""
 
     def int8_channels(self, name: str, rows: Range | None = None, cols: Range | None = None) -> None:
-        """None: W8A8 modules are given as the BF16 weights that they mean."""
+        """None: W8A8 modules are given as the weights that they mean, from which the same codes follow."""
+
+    def static_input(self, name: str, rows: Range | None = None) -> tuple[float, int, None] | None:
+        """As `CheckpointWeights.static_input`; a bias follows from the codes."""
+        for stored in self._source.weights.sources(name):
+            if found := self._source.reader.static_input(stored):
+                return *found, None
+        return None
 
     def close(self) -> None:
         self._source.checkpoint.close()

@@ -65,6 +65,12 @@ class RandomWeights:
     ) -> None:
         """None, too."""
 
+    def static_input(
+        self, name: str, rows: tuple[int, int] | None = None
+    ) -> tuple[float, int, NDArray[np.int32] | None] | None:
+        """None, too."""
+        return None
+
     def _chunk(self, param: Param, index: int, dtype: str) -> NDArray:
         """Rows index * _ROWS and on, rounded to the parameter's own precision first: "f32" and "bf16" agree."""
         shape = min(_ROWS, param.shape[0] - index * _ROWS), *param.shape[1:]

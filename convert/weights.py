@@ -12,10 +12,12 @@ from ..models.errors import InputError
 from ..models.quant import BLOCK, result_dtype
 from ..models.spec import ModelSpec
 from .checkpoint import Checkpoint, listed
-from .formats import FORMATS, Parts, Range, Window, check_parts
+from .formats import FORMATS, Parts, Range, Window, ascend_weight_scales, check_parts
 from .inventory import Inventory, take_inventory
 from .quant_config import QuantConfig
 from .storage import Stored
+
+_OF_INPUTS = {"input_scale", "input_offset", "input_zero_point", "quant_bias"}
 
 
 class CheckpointWeights:
@@ -94,12 +96,31 @@ class CheckpointWeights:
         self, name: str, rows: Range | None = None, cols: Range | None = None
     ) -> tuple[NDArray, NDArray] | None:
         """Signed codes and multipliers [out] of a weight that is stored as INT8 without offsets, else None."""
-        if self.format(name) != "int8_channel":
+        stored = self.stored(name)
+        if stored.format not in ("int8_channel", "ascend_static"):
             return None
         parts = self.parts(name, rows, cols)
         if "weight_offset" in parts and parts["weight_offset"].any():
             return None
-        return parts["weight"].view(np.int8), parts["weight_scale"].reshape(-1)
+        scales = parts["weight_scale"] if stored.format == "int8_channel" else ascend_weight_scales(parts)
+        return parts["weight"].view(np.int8), scales.reshape(-1)
+
+    def static_input(self, name: str, rows: Range | None = None) -> tuple[float, int, NDArray | None] | None:
+        """Scale, offset and bias [out] of inputs whose mapping to INT8 the checkpoint fixes, else None.
+
+        ``x_q = clip(round(x / scale + offset), -128, 127)``; the bias is added to the sums of products of codes. It is
+        None where the format keeps none, and then -offset times the sums of the codes.
+        """
+        stored = self.stored(name)
+        if "input_scale" not in stored.tensors:
+            return None
+        numbers = {}
+        for part in stored.tensors.keys() & _OF_INPUTS:
+            info = stored.tensors[part]
+            array = self._checkpoint.read(info.name, rows if part == "quant_bias" else None)
+            numbers[part] = (to_f32(array, info.dtype) if info.dtype in FLOATS else array).reshape(-1)
+        offset = numbers.get("input_offset", numbers.get("input_zero_point"))
+        return float(numbers["input_scale"][0]), 0 if offset is None else int(offset[0]), numbers.get("quant_bias")
 
     def _read_parts(self, stored: Stored, window: Window) -> Parts:
         parts = {}

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .ops import OpSet
 from .parallel import SumOverRanks
-from .weights import Piece, RankWeights
+from .weights import InputMapping, Piece, RankWeights
 
 
 class Linear(nn.Cell):
@@ -39,11 +39,48 @@ class QuantLinear(nn.Cell):
         return self.product(codes, scale, self.weight, self.scale)
 
 
+class StaticQuantLinear(nn.Cell):
+    """x W^T with INT8 weights, and activations mapped to INT8 by the checkpoint's own scale and offset."""
+
+    def __init__(
+        self, op_set: OpSet, weight: Parameter, scale: Parameter, bias: Parameter, mapping: InputMapping, dtype: ms.Type
+    ):
+        super().__init__(auto_prefix=False)
+        self.weight, self.scale, self.bias = weight, scale, bias
+        self.quantise = op_set.StaticQuant(weight.shape[1], mapping.scale, mapping.offset)
+        self.product = op_set.StaticQuantMatmul(dtype)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.product(self.quantise(x), self.weight, self.scale, self.bias)
+
+
+class Beside(nn.Cell):
+    """Linear layers of the same input, their outputs beside each other."""
+
+    def __init__(self, layers: list[nn.Cell]):
+        super().__init__(auto_prefix=False)
+        self.layers = nn.CellList(layers, auto_prefix=False)
+
+    def construct(self, x: Tensor) -> Tensor:
+        outputs: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            outputs += (layer(x),)
+        return ops.concat(outputs, -1)
+
+
 def make_linear(source: RankWeights, op_set: OpSet, name: str, *pieces: Piece) -> nn.Cell:
-    """A linear layer as the run holds them: plain or W8A8. ``name`` is that of the module."""
-    if source.int8:
+    """A linear layer as the run holds them: plain or W8A8. ``name`` is that of the module.
+
+    Pieces are one product, unless the checkpoint maps their inputs to INT8 in different ways.
+    """
+    if not source.int8:
+        return Linear(source.matrix(f"{name}.weight", *pieces))
+    mappings = [source.input_mapping(piece) for piece in pieces]
+    if len(set(mappings)) > 1:
+        return Beside([make_linear(source, op_set, f"{name}.{i}", piece) for i, piece in enumerate(pieces)])
+    if mappings[0] is None:
         return QuantLinear(op_set, *source.codes(name, *pieces), source.dtype)
-    return Linear(source.matrix(f"{name}.weight", *pieces))
+    return StaticQuantLinear(op_set, *source.static_codes(name, *pieces), mappings[0], source.dtype)
 
 
 class Embedding(nn.Cell):

@@ -47,7 +47,7 @@ FUSED = frozenset(
     (
         "RmsNorm", "AddRmsNorm", "RotaryPositionEmbedding", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention",
         "FusedAddTopKDiv", "MoeInitRoutingV2", "InnerMoeTokenUnpermute", "GroupedMatmulV4", "Swiglu", "DynamicQuantExt",
-        "QuantBatchMatmul",
+        "QuantBatchMatmul", "QuantV2",
     )
 )  # fmt: skip
 PLAIN = frozenset(("ExpandDims", "Gather"))
@@ -67,6 +67,13 @@ class Outcome:
 
     refused: str
     operators: Counter[str]
+
+
+class StaticAttention(RandomWeights):
+    """Attention whose inputs are mapped to INT8 by the checkpoint, as in w8a8-ascend with calibration."""
+
+    def static_input(self, name: str, rows: tuple[int, int] | None = None) -> tuple[float, int, None] | None:
+        return (0.03, 7, None) if ".self_attn." in name else None
 
 
 class Placeholders(RankWeights):
@@ -102,11 +109,14 @@ def _operators() -> Counter[str]:
     return Counter(name for name in names if name not in _NO_OPERATORS)
 
 
-def graphs(spec: ModelSpec, grid: Grid, int8: bool) -> Iterator[tuple[str, nn.Cell, tuple[Tensor | None, ...]]]:
+def graphs(
+    spec: ModelSpec, grid: Grid, int8: bool, static: bool = False
+) -> Iterator[tuple[str, nn.Cell, tuple[Tensor | None, ...]]]:
     """Every graph of the first rank: its name, the cell and inputs of fixed lengths."""
     check_divides(spec, grid)
+    weights = StaticAttention(spec) if static else RandomWeights(spec)
     mesh = Mesh(grid, 0, tp=Group(grid.tp), dp=Group(grid.dp))
-    source = Placeholders(spec, RandomWeights(spec), mesh, ms.bfloat16, int8)
+    source = Placeholders(spec, weights, mesh, ms.bfloat16, int8)
     layers = Layers(source, ascend, POSITIONS, BLOCKS, BLOCK_SIZE)
     head = Head(source, ascend)
     mtp = MTP(source, ascend, head, BLOCKS, BLOCK_SIZE)
@@ -137,13 +147,14 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--dtype", choices=("bf16", "w8a8"), default="bf16")
+    parser.add_argument("--static", action="store_true", help="W8A8 whose attention has static activation scales")
     options = parser.parse_args()
     ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
     spec = load_spec(options.spec).replace(layers)
     grid = Grid(tp=options.tp, ep=options.ep, dp=options.dp)
-    for name, cell, inputs in graphs(spec, grid, options.dtype == "w8a8"):
+    for name, cell, inputs in graphs(spec, grid, options.dtype == "w8a8", options.static):
         outcome = type_check(cell, *inputs)
         print(
             json.dumps(

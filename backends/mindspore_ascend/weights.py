@@ -39,6 +39,14 @@ class Piece:
     rows: NDArray[np.int64] | None = None
 
 
+@dataclass(frozen=True)
+class InputMapping:
+    """A linear layer's inputs as INT8: clip(round(x / scale + offset), -128, 127)."""
+
+    scale: float
+    offset: int
+
+
 class RankWeights:
     """This rank's part of the parameters of ``spec``, held in ``dtype`` (mindspore.float32 or bfloat16).
 
@@ -86,6 +94,26 @@ class RankWeights:
             self._parameter(f"{name}._layer.matmul.weight_scale", shape[:1], ms.float32, lambda: fill()[1]),
         )
 
+    def input_mapping(self, piece: Piece) -> InputMapping | None:
+        """How the checkpoint fixes the INT8 inputs of a piece; None when they are quantised as they come."""
+        found = self._weights.static_input(piece.name)
+        return InputMapping(*found[:2]) if found else None
+
+    def static_codes(self, name: str, *pieces: Piece) -> tuple[Parameter, Parameter, Parameter]:
+        """`codes` for inputs that are mapped: codes, FP32 scales of the sums of products, INT32 biases of the sums."""
+        shape = self._stacked_shape(pieces)
+
+        @cache
+        def fill() -> tuple[NDArray, NDArray, NDArray]:
+            codes, scales, biases = zip(*(self._read_static(piece.name) for piece in pieces), strict=True)
+            return _below(pieces, codes), _below(pieces, scales), _below(pieces, biases)
+
+        return (
+            self._parameter(f"{name}._layer.weight", shape, ms.int8, lambda: fill()[0]),
+            self._parameter(f"{name}._layer.matmul.dequant_scale", shape[:1], ms.float32, lambda: fill()[1]),
+            self._parameter(f"{name}._layer.matmul.quant_bias", shape[:1], ms.int32, lambda: fill()[2]),
+        )
+
     def experts(self, name: str, prefix: str, projections: Sequence[str]) -> Parameter:
         """[E, D, F]: each held expert's projections, swapped to [in, out] and beside each other."""
 
@@ -97,6 +125,9 @@ class RankWeights:
 
     def expert_codes(self, name: str, prefix: str, projections: Sequence[str]) -> tuple[Parameter, Parameter]:
         """The same as INT8 codes, and their scales [E, F] in the run's dtype."""
+        if self._weights.static_input(f"{prefix}.{self.experts_held.start}.{projections[0]}.weight"):
+            what = "static activation scales of routed experts are not supported"
+            raise InputError(what, prefix, "use a checkpoint whose experts quantise their inputs as they come")
         shape = self._expert_shape(prefix, projections)
         scales_EF = np.empty((shape[0], shape[2]), np.float32)
 
@@ -167,6 +198,22 @@ class RankWeights:
             return stored
         codes_NK, scales_N1 = quantise_int8_channels(self._read(canonical, "f32"))
         return codes_NK, scales_N1[:, 0]
+
+    def _read_static(self, canonical: str) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
+        """Codes [N, K], scales [N] and biases [N] of this rank's slice.
+
+        A stored bias is that of all columns: of the ranks that share them, the first one adds it.
+        """
+        shard = self._shards[canonical]
+        found = self._weights.static_input(canonical, shard.rows)
+        assert found is not None, "the inputs are mapped"
+        scale, offset, bias_N = found
+        codes_NK, scales_N = self._read_codes(canonical)
+        if bias_N is None:
+            bias_N = (-offset * codes_NK.sum(1, dtype=np.int64)).astype(np.int32)
+        elif shard.cols is not None and shard.cols[0] > 0:
+            bias_N = np.zeros_like(bias_N)
+        return codes_NK, scales_N * np.float32(scale), bias_N
 
     def _start_row(self, canonical: str) -> int:
         rows = self._shards[canonical].rows

@@ -44,6 +44,7 @@ class MindSporeSource:
     has_mtp: bool
     files: SourceFiles
     meter: Meter
+    reader: GoldenStickReader
 
 
 def open_mindspore(directory: Path, options: Options, allows: Allowances) -> MindSporeSource:
@@ -65,9 +66,9 @@ def open_mindspore(directory: Path, options: Options, allows: Allowances) -> Min
         _check_tensors(targets, checkpoint, allows)
         table = {param.name: param for param in parameters(spec, mtp=has_mtp)}
         shared = _left_out(targets, table, spec)
-        weights = LayoutWeights(reader, checkpoint.tensors, targets, table, shared)
+        weights = LayoutWeights(reader, reader.exact(checkpoint.tensors), targets, table, shared)
         files = SourceFiles(directory, checkpoint.headers, model.path)
-        return MindSporeSource(checkpoint, layout, model, weights, table, has_mtp, files, meter)
+        return MindSporeSource(checkpoint, layout, model, weights, table, has_mtp, files, meter, reader)
     except BaseException:
         checkpoint.close()
         raise

@@ -160,6 +160,25 @@ def test_quant_grouped_matmul_uses_each_expert_s_codes_and_scales(rows):
     np.testing.assert_allclose(got, total * scale_et[:, :, None] * scale_ef[:, None], rtol=1e-6)
 
 
+def test_static_quant_is_the_definition():
+    x = normal(6, 40) * 3
+    wanted = np.clip(np.round(x / np.float32(0.037) - 21), -128, 127)
+    got = run(composite.StaticQuant(40, 0.037, -21), x)
+    assert np.abs(got - wanted).max() <= 1 and (got == wanted).mean() > 0.99 and got.min() == -128
+
+
+def test_static_quant_matmul_adds_the_bias_to_the_sum():
+    q, weight, bias, scale = (
+        codes_of(3, 200),
+        codes_of(5, 200),
+        RNG.integers(-9999, 9999, 5).astype(np.int32),
+        normal(5),
+    )
+    total = q.astype(np.int64) @ weight.T.astype(np.int64) + bias
+    got = run(composite.StaticQuantMatmul(ms.float32), q, weight, scale, bias)
+    np.testing.assert_allclose(got, total * scale, rtol=1e-6)
+
+
 def test_the_hash_is_bit_exact():
     values = RNG.integers(0, 2**32, 5000, dtype=np.uint64).astype(np.uint32)
     np.testing.assert_array_equal(run(Hash(), values.view(np.int32)).view(np.uint32), sampling.hash_u32(values))

@@ -28,17 +28,28 @@ def python(*arguments):
 @pytest.mark.parametrize("tp", [1, 16, 32])
 @pytest.mark.parametrize("dtype", ["bf16", "w8a8"])
 def test_every_operator_of_every_graph_is_inferred(tp, dtype):
-    check(tp, dtype, ep=1)
+    check(tp, dtype)
 
 
 @pytest.mark.parametrize(("tp", "ep", "dtype"), [(16, 16, "bf16"), (16, 4, "w8a8")])
 def test_with_experts_split_over_ranks(tp, ep, dtype):
-    check(tp, dtype, ep)
+    check(tp, dtype, ep=ep)
 
 
-def check(tp, dtype, ep):
-    command = ["-m", "deepspan.backends.mindspore_ascend.proof", "--tp", str(tp), "--ep", str(ep), "--dtype", dtype]
-    result = python(*command)
+@pytest.mark.parametrize("dtype", ["bf16", "w8a8"])
+def test_with_data_parallel_attention(dtype):
+    """The degrees of MindFormers' expert-parallel YAMLs."""
+    check(4, dtype, ep=16, dp=4)
+
+
+def test_with_static_activation_scales_in_attention():
+    check(16, "w8a8", static=True)
+
+
+def check(tp, dtype, ep=1, dp=1, static=False):
+    degrees = {"--tp": tp, "--ep": ep, "--dp": dp}
+    options = [*(str(part) for degree in degrees.items() for part in degree), "--dtype", dtype]
+    result = python("-m", "deepspan.backends.mindspore_ascend.proof", *options, *["--static"] * static)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     found = {line["graph"]: set(line["operators"]) for line in lines}
@@ -46,10 +57,12 @@ def check(tp, dtype, ep):
     for name, operators in found.items():
         phase = name.split()[-1]
         wanted = {"RmsNorm"} if name == "head" else EVERY_LAYER | MIXTURE | {ATTENTION[phase]}
-        wanted |= QUANTISED if dtype == "w8a8" and name != "head" else set()
+        if name != "head":
+            wanted |= (QUANTISED if dtype == "w8a8" else set()) | ({"QuantV2"} if static else set())
+            wanted |= {"ReduceScatter"} if dp > 1 else set()
         assert operators - PLAIN == wanted
         assert ("AllReduce" in operators) == (tp > 1 and name != "head")
-        assert ("AllGather" in operators) == (tp > 1 and ("head" in name or "draft" in name))
+        assert ("AllGather" in operators) == (dp > 1 or (tp > 1 and ("head" in name or "draft" in name)))
 
 
 MUTATION = """

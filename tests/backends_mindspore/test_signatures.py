@@ -45,6 +45,7 @@ CALLS = {
     ),
     "Swiglu": ("", "input, dim=-1"),
     "DynamicQuantExt": ("", "x, smooth_scales=None"),
+    "QuantV2": ("", "x, scale, offset, sqrt_mode=False, rounding_mode='ROUND', dst_type=mstype.int8"),
     "QuantBatchMatmul": (
         "transpose_x1=False, transpose_x2=False, dtype=mstype.float16",
         "x1, x2, scale, offset=None, bias=None, pertokenScaleOptional=None",

@@ -229,6 +229,27 @@ class QuantGroupedMatmul(nn.Cell):
         )[0]  # fmt: skip
 
 
+class StaticQuant(nn.Cell):
+    """In FP32: the operator's factor has the type of its input, and BF16 would round it to three digits."""
+
+    def __init__(self, width: int, scale: float, offset: int):
+        super().__init__(auto_prefix=False)
+        self.factor, self.offset = (Tensor(np.full(width, value, np.float32)) for value in (1 / scale, offset))
+        self.quantise = fused.QuantV2()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.quantise(x.astype(ms.float32), self.factor, self.offset, False, "ROUND", ms.int8)
+
+
+class StaticQuantMatmul(nn.Cell):
+    def __init__(self, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.product = fused.QuantBatchMatmul(False, True, dtype)
+
+    def construct(self, q_TD: Tensor, weight_FD: Tensor, scale_F: Tensor, bias_F: Tensor) -> Tensor:
+        return self.product(q_TD, weight_FD, scale_F, None, bias_F, None)
+
+
 class AllGather(nn.Cell):
     def __init__(self, group: Group):
         super().__init__(auto_prefix=False)

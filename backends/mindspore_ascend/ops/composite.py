@@ -224,9 +224,13 @@ class GroupedMatmul(nn.Cell):
 class SwiGLU(nn.Cell):
     """silu(gate) * up of [gate | up] on the last axis."""
 
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.halves = ops.Split(-1, 2)
+
     def construct(self, x: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        return ops.silu(x[..., :half]) * x[..., half:]
+        gate, up = self.halves(x)
+        return gate * ops.sigmoid(gate) * up
 
 
 class DynamicQuant(nn.Cell):
@@ -265,6 +269,31 @@ class QuantGroupedMatmul(nn.Cell):
         total_ETF = self.product(q_ETD.astype(EXACT), weight_EDF.astype(EXACT), counts_E).astype(ms.float32)
         scale_E1F = scale_EF.astype(ms.float32).expand_dims(1)
         return (total_ETF * scale_ET.expand_dims(2) * scale_E1F).astype(self.dtype)
+
+
+class StaticQuant(nn.Cell):
+    """INT8 codes clip(round(x / scale + offset), -128, 127)."""
+
+    def __init__(self, width: int, scale: float, offset: int):
+        super().__init__(auto_prefix=False)
+        self.scale = scale
+        self.offset = float(offset)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.round(x.astype(ms.float32) / self.scale + self.offset).clamp(-128.0, 127.0).astype(ms.int8)
+
+
+class StaticQuantMatmul(nn.Cell):
+    """Codes [T, D] times codes [F, D], summed exactly with an INT32 bias [F], times the scale [F] of both."""
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        self.dtype = dtype
+        self.product = ops.MatMul(transpose_b=True)
+
+    def construct(self, q_TD: Tensor, weight_FD: Tensor, scale_F: Tensor, bias_F: Tensor) -> Tensor:
+        total_TF = self.product(q_TD.astype(EXACT), weight_FD.astype(EXACT)) + bias_F.astype(EXACT)
+        return (total_TF.astype(ms.float32) * scale_F).astype(self.dtype)
 
 
 class AllGather(nn.Cell):
