@@ -186,8 +186,9 @@ def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterat
     ]
     q = random_rows(device, batch, heads, LATENT + ROPE)
     chip = quant.chip_of(device)
-    parts = mla_decode.parts_for(batch, heads, context, chip)
-    chosen = ("chosen", mla_decode.choose(heads, chip), parts)
+    config = mla_decode.choose(heads, chip, fp8=False)
+    parts = mla_decode.parts_for(batch, heads, context, config, chip)
+    chosen = ("chosen", config, parts)
     for label, config, part in [chosen, *(_attention_sweep(heads, parts) if setting.sweep else [])]:
         runs = [partial(mla_decode.mla_decode, q, *cache, 0.04, LATENT, context, part, config) for cache in caches]
         yield Case(

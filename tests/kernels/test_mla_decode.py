@@ -57,6 +57,17 @@ def test_large_tiles_and_large_scores(held):
     assert distance(got, kernel.mla_decode_eager(q * 8, cache, table, lengths, 1.0, 64)) < 2**-7
 
 
+@pytest.mark.parametrize("held", DTYPES)
+@pytest.mark.parametrize("page", [64, 24])
+def test_the_next_tile_may_wait_in_registers(held, page):
+    """With parts that end within a tile, and empty ones."""
+    q, cache, table, lengths = case([1, 131, 0, 64], page, 6, 132, 8, held=held)
+    for parts in (1, 3):
+        tiling = {"longest": 200, "parts": parts, "config": kernel.Config(16, 32, 8, 1, prefetch=True)}
+        got = kernel.mla_decode(q, cache, table, lengths, 0.1, 132, **tiling)
+        assert distance(got, kernel.mla_decode_eager(q, cache, table, lengths, 0.1, 132)) < 2**-7
+
+
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])
 def test_fp8_entries_are_read_alike_without_an_instruction(name, monkeypatch):
     q, cache, table, lengths = case([70, 9], 16, 4, 132, 8, held=FP8_CACHE)

@@ -51,26 +51,37 @@ def store_latents(entry_ptrs_T, latent_TC, mask_T, C: tl.constexpr, INSTRUCTION:
 
 
 @triton.jit
-def load_latents(entry_ptrs_S, mask_S, C: tl.constexpr, BLOCK_C: tl.constexpr, INSTRUCTION: tl.constexpr):
-    """Latents of entries, BF16 [S, BLOCK_C]; zeros where masked."""
+def load_latents(entry_ptrs_S, mask_S, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Latents as entries hold them, [S, BLOCK_C], and their scales [S, G], zeros in BF16; zeros where masked."""
     S: tl.constexpr = entry_ptrs_S.shape[0]
+    GROUP: tl.constexpr = min(128, BLOCK_C)
+    GROUPS: tl.constexpr = BLOCK_C // GROUP
     c_C = tl.arange(0, BLOCK_C)
     mask_SC = tl.broadcast_to(mask_S[:, None], (S, BLOCK_C))
     if C != BLOCK_C:
         mask_SC &= (c_C < C)[None, :]
     held_SC = tl.load(entry_ptrs_S[:, None] + c_C[None, :], mask=mask_SC, other=0)
+    scale_SG = tl.zeros((S, GROUPS), tl.float32)
     if entry_ptrs_S.dtype.element_ty == tl.uint8:
-        GROUP: tl.constexpr = min(128, BLOCK_C)
-        GROUPS: tl.constexpr = BLOCK_C // GROUP
         g_G = tl.arange(0, GROUPS)
         scale_ptrs_S = (entry_ptrs_S + C).to(tl.pointer_type(tl.float32), bitcast=True)
         mask_SG = tl.broadcast_to(mask_S[:, None], (S, GROUPS))
         if C != BLOCK_C:
             mask_SG &= (g_G * GROUP < C)[None, :]
         scale_SG = tl.load(scale_ptrs_S[:, None] + g_G[None, :], mask=mask_SG, other=0.0)
+    return held_SC, scale_SG
+
+
+@triton.jit
+def latents(held_SC, scale_SG, INSTRUCTION: tl.constexpr):
+    """The BF16 latents of what `load_latents` gives."""
+    if held_SC.dtype == tl.uint8:
+        S: tl.constexpr = held_SC.shape[0]
+        BLOCK_C: tl.constexpr = held_SC.shape[1]
+        GROUPS: tl.constexpr = scale_SG.shape[1]
         codes_SC = held_SC.to(tl.float8e4nv, bitcast=True) if INSTRUCTION else held_SC
-        value_SGX = tl.reshape(e4m3.decode(codes_SC), (S, GROUPS, GROUP)) * scale_SG[:, :, None]
-        latent_SC = tl.reshape(value_SGX, (S, BLOCK_C)).to(tl.bfloat16)
+        code_SGX = tl.reshape(e4m3.decode(codes_SC), (S, GROUPS, BLOCK_C // GROUPS))
+        latent_SC = tl.reshape(code_SGX * scale_SG[:, :, None], (S, BLOCK_C)).to(tl.bfloat16)
     else:
         latent_SC = held_SC
     return latent_SC
@@ -91,7 +102,8 @@ def _read(
     slot_S = tl.load(slot_ptr + s_S, mask=mask_S, other=0).to(tl.int64)
     entry_ptrs_S = cache_ptr + slot_S // PAGE * stride_block + slot_S % PAGE * stride_token
     out_ptrs_S = out_ptr + s_S * (C + R)
-    latent_SC = load_latents(entry_ptrs_S, mask_S, C, BLOCK_C, INSTRUCTION)
+    held_SC, scale_SG = load_latents(entry_ptrs_S, mask_S, C, BLOCK_C)
+    latent_SC = latents(held_SC, scale_SG, INSTRUCTION)
     tl.store(out_ptrs_S[:, None] + c_C[None, :], latent_SC, mask=mask_S[:, None] & (c_C < C)[None, :])
     mask_SR = mask_S[:, None] & (r_R < R)[None, :]
     rope_SR = tl.load(rope_keys(entry_ptrs_S, C)[:, None] + r_R[None, :], mask=mask_SR, other=0.0)

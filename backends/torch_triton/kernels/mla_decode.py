@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..cache import from_entries
+from ..cache import FP8_CACHE, from_entries
 from . import entries, pdl
 from .chips import Chip, check, chip_of, options
 
@@ -29,7 +29,7 @@ def _attend(
     q_ptr, q_stride_t, q_stride_h, cache_ptr, cache_stride_block, cache_stride_token, table_ptr, table_stride,
     length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, C: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    INSTRUCTION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    INSTRUCTION: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of query rows, parts, sequences. Writes BF16 results, or with parts FP32 ones and their log-sums."""
     b = tl.program_id(2)
@@ -39,6 +39,7 @@ def _attend(
     token_N = (b * Q + n_N // H).to(tl.int64)
     c_C = tl.arange(0, BLOCK_C)
     r_R = tl.arange(0, BLOCK_R)
+    table_ptr += b * table_stride
     pdl.wait(PDL)
     pdl.release(PDL)
     length = tl.load(length_ptr + b)
@@ -52,19 +53,24 @@ def _attend(
     acc_NC = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     span = tl.cdiv(tl.cdiv(length, BLOCK_S), PARTS) * BLOCK_S
     start = part * span
-    for s in tl.range(start, tl.minimum(start + span, length), BLOCK_S, num_stages=STAGES):
+    end = tl.minimum(start + span, length)
+    # A tile's blocks are known one tile ahead, so that nothing waits for the table.
+    block = _blocks(table_ptr, start, end, PAGE, BLOCK_S)
+    if PREFETCH:
+        held_SC, scale_SG, k_SR = _load(
+            cache_ptr, cache_stride_block, cache_stride_token, block, start, end, C, R, PAGE, BLOCK_S, BLOCK_C, BLOCK_R
+        )
+        block = _blocks(table_ptr, start + BLOCK_S, end, PAGE, BLOCK_S)
+    for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        wanted = s + BLOCK_S if PREFETCH else s
+        tile = _load(
+            cache_ptr, cache_stride_block, cache_stride_token, block, wanted, end, C, R, PAGE, BLOCK_S, BLOCK_C, BLOCK_R
+        )
+        block = _blocks(table_ptr, wanted + BLOCK_S, end, PAGE, BLOCK_S)
+        if not PREFETCH:
+            held_SC, scale_SG, k_SR = tile
         s_S = s + tl.arange(0, BLOCK_S)
-        if PAGE % BLOCK_S == 0:  # a tile lies in one block of the cache
-            block = tl.load(table_ptr + b * table_stride + s // PAGE).to(tl.int64)
-            token_ptrs_S = cache_ptr + block * cache_stride_block + (s_S % PAGE) * cache_stride_token
-        else:
-            block_S = tl.load(table_ptr + b * table_stride + s_S // PAGE, mask=s_S < length, other=0).to(tl.int64)
-            token_ptrs_S = cache_ptr + block_S * cache_stride_block + (s_S % PAGE) * cache_stride_token
-        k_SC = entries.load_latents(token_ptrs_S, s_S < length, C, BLOCK_C, INSTRUCTION)
-        mask_SR = tl.broadcast_to((s_S < length)[:, None], (BLOCK_S, BLOCK_R))
-        if R != BLOCK_R:
-            mask_SR &= (r_R < R)[None, :]
-        k_SR = tl.load(entries.rope_keys(token_ptrs_S, C)[:, None] + r_R[None, :], mask=mask_SR, other=0.0)
+        k_SC = entries.latents(held_SC, scale_SG, INSTRUCTION)
         score_NS = tl.dot(q_NC, tl.trans(k_SC))
         score_NS = tl.dot(q_NR, tl.trans(k_SR), score_NS) * scale_log2
         score_NS = tl.where(s_S[None, :] < visible_N[:, None], score_NS, float("-inf"))
@@ -75,12 +81,42 @@ def _attend(
         sum_N = sum_N * shrink_N + tl.sum(weight_NS, 1)
         acc_NC = tl.dot(weight_NS.to(tl.bfloat16), k_SC, acc_NC * shrink_N[:, None])
         most_N = most_now_N
+        if PREFETCH:
+            held_SC, scale_SG, k_SR = tile
 
     acc_NC /= tl.where(sum_N > 0, sum_N, 1.0)[:, None]
     row_N = (token_N * H + n_N % H) * PARTS + part
     tl.store(out_ptr + row_N[:, None] * C + c_C[None, :], acc_NC, mask=valid_N[:, None] & (c_C < C)[None, :])
     if PARTS > 1:
         tl.store(lse_ptr + row_N, most_N + tl.log2(sum_N), mask=valid_N)  # -inf where no token was visible
+
+
+@triton.jit
+def _blocks(table_ptr, s, end, PAGE: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The cache blocks of the tokens of a tile, or the one in which it lies. 32 bits: few registers are left."""
+    if PAGE % BLOCK_S == 0:
+        block = tl.load(table_ptr + s // PAGE, mask=s < end, other=0)
+    else:
+        s_S = s + tl.arange(0, BLOCK_S)
+        block = tl.load(table_ptr + s_S // PAGE, mask=s_S < end, other=0)
+    return block
+
+
+@triton.jit
+def _load(
+    cache_ptr, cache_stride_block, cache_stride_token, block, s, end, C: tl.constexpr, R: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Latents as held, their scales and the rope keys of a tile."""
+    s_S = s + tl.arange(0, BLOCK_S)
+    r_R = tl.arange(0, BLOCK_R)
+    token_ptrs_S = cache_ptr + block.to(tl.int64) * cache_stride_block + (s_S % PAGE) * cache_stride_token
+    held_SC, scale_SG = entries.load_latents(token_ptrs_S, s_S < end, C, BLOCK_C)
+    mask_SR = tl.broadcast_to((s_S < end)[:, None], (BLOCK_S, BLOCK_R))
+    if R != BLOCK_R:
+        mask_SR &= (r_R < R)[None, :]
+    k_SR = tl.load(entries.rope_keys(token_ptrs_S, C)[:, None] + r_R[None, :], mask=mask_SR, other=0.0)
+    return held_SC, scale_SG, k_SR
 
 
 @triton.jit
@@ -107,7 +143,8 @@ class Config(NamedTuple):
     block_n: int
     block_s: int
     warps: int
-    stages: int
+    stages: int  # tiles of the cache on their way into shared memory, and the one in use
+    prefetch: bool = False  # the next tile waits in registers instead
 
 
 # Configurations by chip for up to 16, up to 32, and more query rows; "" is one that fits any chip.
@@ -118,19 +155,25 @@ TABLE = {
     "sm_100": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 8, 2)),
     "gfx950": (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
 }
+# FP8 tiles are small and go through registers to be decoded; with few rows they may as well wait there.
+FP8_TABLE = {
+    "sm_80": (Config(16, 32, 8, 1, True), Config(32, 32, 8, 1, True), Config(32, 32, 8, 1, True)),
+    "sm_90": (Config(16, 64, 8, 1, True), Config(32, 32, 8, 1, True), Config(64, 64, 8, 2)),
+    "sm_100": (Config(16, 32, 8, 1, True), Config(32, 32, 8, 1, True), Config(64, 32, 8, 2)),
+}
 
 
-def choose(rows: int, chip: Chip) -> Config:
+def choose(rows: int, chip: Chip, fp8: bool) -> Config:
     """The configuration for ``rows`` = Q H query rows of a sequence."""
-    few, more, many = TABLE.get(chip.name, TABLE[""])
+    table = FP8_TABLE if fp8 and chip.name in FP8_TABLE else TABLE
+    few, more, many = table.get(chip.name, TABLE[""])
     return few if rows <= 16 else more if rows <= 32 else many
 
 
-def parts_for(batch: int, rows: int, longest: int, chip: Chip) -> int:
-    """Parts of a context such that programs fill the chip once: large tiles one to a processor, others two."""
-    config = choose(rows, chip)
+def parts_for(batch: int, rows: int, longest: int, config: Config, chip: Chip) -> int:
+    """Parts of a context such that programs fill the chip once: of 8 warps one to a processor, of 4 two."""
     programs = batch * triton.cdiv(rows, config.block_n)
-    rooms = chip.processors * (1 if config.block_n >= 64 else 2)
+    rooms = chip.processors * (1 if config.warps >= 8 else 2)
     return max(1, min(rooms // programs, triton.cdiv(longest, config.block_s), 128))
 
 
@@ -164,8 +207,8 @@ def mla_decode(
     chip = chip_of(q_THX.device)
     queries = tokens // batch
     rows = queries * heads
-    config = config or choose(rows, chip)
-    parts = parts or parts_for(batch, rows, longest, chip)
+    config = config or choose(rows, chip, cache.dtype == FP8_CACHE)
+    parts = parts or parts_for(batch, rows, longest, config, chip)
     device = q_THX.device
     out = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=device)
     partial = torch.empty(tokens, heads, parts, latent, dtype=torch.float32, device=device) if parts > 1 else out
@@ -176,7 +219,7 @@ def mla_decode(
         q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
         lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
         BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c, BLOCK_R=block_r,
-        INSTRUCTION=chip.decodes_fp8, STAGES=config.stages, PDL=chip.dependent_launch,
+        INSTRUCTION=chip.decodes_fp8, PREFETCH=config.prefetch, STAGES=config.stages, PDL=chip.dependent_launch,
         **options(chip, config.warps, config.stages),
     )  # fmt: skip
     if parts > 1:
