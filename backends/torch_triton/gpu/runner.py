@@ -116,14 +116,15 @@ class GpuRunner:
         model, batch = self._model, share.batch
         rows_O, sequence_O, position_O = output_rows(batch)
         step = self._mixed_step(batch, max(share.tokens))
+        # Sent before the work is queued: a copy from the host waits for all that was queued before it.
+        device_rows_O = torch.from_numpy(rows_O).to(self._device)
+        numbers = sampling_numbers(batch, sequence_O, position_O, self._device) if how is not Draw.GREEDY else None
         stream = model.hidden(step)
         if not model.is_last_stage:
             return None
-        device_rows_O = torch.from_numpy(rows_O).to(self._device)
         logits_OV, token_ids_O = self._no_outputs()
         if len(rows_O):
             logits_OV = model.logits(stream.rows(device_rows_O))
-            numbers = sampling_numbers(batch, sequence_O, position_O, self._device)
             token_ids_O = draw(logits_OV, numbers, how)
         token_ids = token_ids_O.cpu().numpy()
         draft_OV = None

@@ -35,11 +35,12 @@ def draw_of(sampling: Sampling) -> Draw:
     return Draw.FILTERED if filtered_B.any() else Draw.RANDOM
 
 
-def draw(logits_OV: Tensor, numbers: SamplingNumbers, how: Draw) -> Tensor:
+def draw(logits_OV: Tensor, numbers: SamplingNumbers | None, how: Draw) -> Tensor:
     """int32 [O]: the best token of sequences at temperature 0, a drawn one of the others."""
     greedy_O = best(logits_OV)
     if how is Draw.GREEDY:
         return greedy_O
+    assert numbers is not None, "drawing needs them"
     random_O = numbers.temperature_O > 0
     scaled_OV = logits_OV / numbers.temperature_O.where(random_O, 1.0)[:, None]
     if how is Draw.FILTERED:
