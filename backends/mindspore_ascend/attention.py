@@ -30,7 +30,7 @@ class Attention(nn.Cell):
         self.latent = spec.kv_lora_rank
         self.query_latent = spec.q_lora_rank or 0
         self._make_projections(source, op_set, name, canonical)
-        self.rotate = op_set.Rotate(self.heads, self.rope)
+        self.rotate = op_set.Rotate(self.heads, self.nope, self.rope)
         self.write_cache, self.read_cache = op_set.WriteCache(), op_set.ReadCache()
         self.cache = source.zeros(f"{name}.key_cache", op_set.cache_shape(blocks, block_size, spec.latent_dim))
         scale = softmax_scale(spec)
@@ -82,11 +82,7 @@ class Attention(nn.Cell):
             q_THQ = self.up(x_TD).reshape(-1, self.heads, self.nope + self.rope)
         start = self.query_latent + self.latent
         latent_TC = self.latent_norm(down_TX[:, self.query_latent : start], self.latent_norm_weight)
-        cos_TR, sin_TR = turn
-        q_rope_TX = q_THQ[:, :, self.nope :].reshape(-1, self.heads * self.rope)
-        q_rope_TX, k_rope_TR = self.rotate(q_rope_TX, down_TX[:, start:], cos_TR, sin_TR)
-        q_rope_THR = q_rope_TX.reshape(-1, self.heads, self.rope)
-        q_THQ = ops.concat((q_THQ[:, :, : self.nope], q_rope_THR), -1)
+        q_THQ, k_rope_TR = self.rotate(q_THQ, down_TX[:, start:], turn)
         return q_THQ, ops.concat((latent_TC, k_rope_TR), -1)
 
     def prefill(self, q_THQ: Tensor, view: tuple) -> Tensor:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from ...models.spec import ModelSpec
 from ..base import FloatArray, IntArray
-from .model import MTP, Draft, Head, Layers, Trunk
+from .model import MTP, Draft, Forward, Head, Layers, Trunk
 from .plan import Part
 from .sampling import Sampler
 
-MAX_GRAPHS = 6  # trunk and draft for prompts and for single tokens, head, sampler
+MAX_GRAPHS = 5  # trunk with head, and draft, for prompts and for single tokens; sampler
 
 
 def _lengths(*shape: int | None, dtype: ms.Type = ms.int32) -> Tensor:
@@ -40,11 +40,9 @@ class Graphs:
         )
         row, real = _lengths(None), _lengths(None, dtype=ms.float32)
         spread = row if replicas > 1 else None
-        self._trunks = {prefill: Trunk(layers, prefill) for prefill in (False, True)}
-        for prefill, trunk in self._trunks.items():
-            trunk.set_inputs(row, row, row, spread, *_view(prefill))
-        self._head = head
-        head.set_inputs(hidden, row)
+        self._forwards = {prefill: Forward(Trunk(layers, prefill), head) for prefill in (False, True)}
+        for prefill, forward in self._forwards.items():
+            forward.set_inputs(row, row, row, row, spread, *_view(prefill))
         self._sampler = Sampler()
         self._sampler.set_inputs(logits, row, row, real, row, real, row)
         self._drafts = {prefill: Draft(layers.turns, mtp, prefill) for prefill in (False, True)} if mtp else {}
@@ -58,17 +56,18 @@ class Graphs:
     @property
     def compiled(self) -> int:
         """How many graphs have been compiled so far."""
-        cells: list[nn.Cell] = [*self._trunks.values(), self._head, self._sampler, *self._drafts.values()]
+        cells: list[nn.Cell] = [*self._forwards.values(), self._sampler, *self._drafts.values()]
         return sum(len(cell.compile_cache) for cell in cells)
 
-    def hidden(self, part: Part, token_ids_P: IntArray) -> Tensor:
-        """Hidden states of a part's tokens, on the device; writes the cache."""
-        return self._trunks[part.prefill](Tensor(token_ids_P), *_where(part), *_tensors(part.view))
+    def forward(self, part: Part, token_ids_P: IntArray, rows_Q: NDArray) -> tuple[Tensor, Tensor, IntArray]:
+        """Hidden states of a part's tokens and logits of the given rows, left on the device, and their greedy tokens.
 
-    def logits(self, hidden_PD: Tensor, rows_O: NDArray) -> tuple[Tensor, IntArray]:
-        """Logits (left on the device) and greedy tokens of the given rows."""
-        logits_OV, greedy_O = self._head(hidden_PD, Tensor(rows_O.astype(np.int32)))
-        return logits_OV, greedy_O.asnumpy()
+        Writes the cache.
+        """
+        forward: Any = self._forwards[part.prefill]
+        rows = Tensor(rows_Q.astype(np.int32))
+        hidden_PD, logits_QV, greedy_Q = forward(rows, Tensor(token_ids_P), *_where(part), *_tensors(part.view))
+        return hidden_PD, logits_QV, greedy_Q.asnumpy()
 
     def sample(self, logits_OV: Tensor, *numbers_O: NDArray) -> IntArray:
         """Drawn tokens; ``numbers_O`` are greedy tokens, positions, temperatures, top_k, top_p and seeds."""

@@ -1,12 +1,14 @@
-"""The network: trunk (embedding and blocks), head, and the multi-token-prediction (MTP) layer, each a graph of its own.
+"""The network: trunk (embedding and blocks) with head, and the multi-token-prediction (MTP) layer.
 
-Trunk and MTP layer exist as two graphs each, one for prompts and one for single tokens; both share their parameters.
+Both exist as two graphs each, one for prompts and one for single tokens, which share their parameters.
 Every length is symbolic, so each graph is compiled once for all batches.
 
 Shape letters: T tokens, O outputs, D hidden, V vocabulary, R rope dim, P positions.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -56,15 +58,17 @@ class Block(nn.Cell):
 
 
 class Turns(nn.Cell):
-    """FP32 cosines and sines [T, R] of positions; both halves of a row are the same."""
+    """What every layer's rotation takes for the given positions, from FP32 cosines and sines."""
 
-    def __init__(self, spec: ModelSpec, positions: int):
+    def __init__(self, spec: ModelSpec, op_set: OpSet, positions: int):
         super().__init__(auto_prefix=False)
         cos_PR, sin_PR = rope_tables(spec, positions)
         self.cos_PR, self.sin_PR = (Tensor(np.concatenate([table, table], 1)) for table in (cos_PR, sin_PR))
 
-    def construct(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.gather(self.cos_PR, positions_T, 0), ops.gather(self.sin_PR, positions_T, 0)
+        self.turn = op_set.Turn(spec.qk_nope_head_dim, spec.qk_rope_head_dim)
+
+    def construct(self, positions_T: Tensor) -> tuple[Tensor, ...]:
+        return self.turn(ops.gather(self.cos_PR, positions_T, 0), ops.gather(self.sin_PR, positions_T, 0))
 
 
 class Layers(nn.Cell):
@@ -73,7 +77,7 @@ class Layers(nn.Cell):
     def __init__(self, source: RankWeights, op_set: OpSet, positions: int, blocks: int, block_size: int):
         super().__init__(auto_prefix=False)
         self.embedding = Embedding(source, "model.tok_embeddings.embedding_weight", "model.embed_tokens.weight")
-        self.turns = Turns(source.spec, positions)
+        self.turns = Turns(source.spec, op_set, positions)
         self.blocks = nn.CellList(
             [Block(source, op_set, layer, blocks, block_size) for layer in range(source.spec.num_hidden_layers)],
             auto_prefix=False,
@@ -130,6 +134,21 @@ class Head(nn.Cell):
 
     def construct(self, hidden_TD: Tensor, rows_O: Tensor) -> tuple[Tensor, Tensor]:
         return self.project(ops.gather(hidden_TD, rows_O, 0))
+
+
+class Forward(nn.Cell):
+    """Trunk and head as one graph: hidden states [T, D], and logits and greedy tokens of rows ``rows_O``."""
+
+    def __init__(self, trunk: Trunk, head: Head):
+        super().__init__(auto_prefix=False)
+        self.trunk = trunk
+        self.head = head
+
+    def construct(self, rows_O: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """``inputs`` are the trunk's."""
+        hidden_TD = self.trunk(*inputs)
+        logits_OV, greedy_O = self.head(hidden_TD, rows_O)
+        return hidden_TD, logits_OV, greedy_O
 
 
 class MTP(nn.Cell):

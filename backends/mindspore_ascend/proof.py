@@ -38,7 +38,7 @@ from ...models.catalog import load_spec  # noqa: E402
 from ...models.sharding import Grid, check_divides  # noqa: E402
 from ...models.spec import ModelSpec  # noqa: E402
 from .mesh import Group, Mesh  # noqa: E402
-from .model import MTP, Draft, Head, Layers, Trunk  # noqa: E402
+from .model import MTP, Draft, Forward, Head, Layers, Trunk  # noqa: E402
 from .ops import ascend  # noqa: E402
 from .weights import RankWeights  # noqa: E402
 
@@ -125,9 +125,8 @@ def graphs(
         hidden, rows = _zeros(tokens, spec.hidden_size, dtype=ms.bfloat16), _zeros(PROMPTS)
         spread = _zeros(tokens + SPREAD) if grid.dp > 1 else None
         where, view = (_zeros(tokens), _zeros(tokens), spread), _view(prefill)
-        yield name, Trunk(layers, prefill), (_zeros(tokens), *where, *view)
+        yield name, Forward(Trunk(layers, prefill), head), (rows, _zeros(tokens), *where, *view)
         yield f"draft {name}", Draft(layers.turns, mtp, prefill), (hidden, _zeros(tokens), rows, *where, *view)
-    yield "head", head, (hidden, rows)
 
 
 def _zeros(*shape: int, dtype: ms.Type = ms.int32) -> Tensor:

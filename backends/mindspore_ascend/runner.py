@@ -137,18 +137,19 @@ class Outputs:
 
 def _run(graphs: Graphs, batch: StepBatch, part: Part, outputs: Outputs) -> None:
     """One part of a step: its tokens into the cache, its outputs into ``outputs``."""
-    hidden_PD = graphs.hidden(part, part.take(batch.token_ids_T))
     chosen_Q, rows_Q = outputs.of(part)
-    if len(chosen_Q):
-        logits_QV, greedy_Q = graphs.logits(hidden_PD, rows_Q)
+    count = len(chosen_Q)
+    if not count:
+        rows_Q = np.zeros(1, np.int64)  # the head then sees a row that nobody asked for
+    hidden_PD, logits_QV, greedy_Q = graphs.forward(part, part.take(batch.token_ids_T), rows_Q)
+    if count:
         outputs.sample(graphs, chosen_Q, logits_QV, greedy_Q)
         if outputs.logits_OV is not None:
             outputs.logits_OV[chosen_Q] = logits_QV.asnumpy()
     if outputs.draft_ids_O is None:
         return
     next_ids_P = part.take(next_tokens(batch, outputs.rows_O, outputs.token_ids_O))
-    # Without outputs the layer still writes its cache; the head then sees a row that nobody asked for.
-    logits_RV, greedy_R = graphs.draft(part, hidden_PD, next_ids_P, rows_Q if len(rows_Q) else np.zeros(1, np.int64))
-    outputs.draft_ids_O[chosen_Q] = greedy_R[: len(chosen_Q)]
+    logits_QV, greedy_Q = graphs.draft(part, hidden_PD, next_ids_P, rows_Q)
+    outputs.draft_ids_O[chosen_Q] = greedy_Q[:count]
     if outputs.draft_logits_OV is not None:
-        outputs.draft_logits_OV[chosen_Q] = logits_RV[: len(chosen_Q)]
+        outputs.draft_logits_OV[chosen_Q] = logits_QV[:count]

@@ -44,12 +44,20 @@ def test_add_rms_norm_gives_the_norm_and_the_sum():
 
 
 def test_rotate():
-    q, k, angles = normal(5, 3 * 6), normal(5, 6), normal(5, 3)
-    tables = [np.concatenate([table, table], 1) for table in (np.cos(angles), np.sin(angles))]
-    got_q, got_k = run(composite.Rotate(3, 6), q, k, *tables)
+    class Cell(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.turn, self.rotate = composite.Turn(4, 6), composite.Rotate(3, 4, 6)
+
+        def construct(self, q, k, cos, sin):
+            return self.rotate(q, k, self.turn(cos, sin))
+
+    q, k, angles = normal(5, 3, 4 + 6), normal(5, 6), normal(5, 3)
     cos, sin = np.cos(angles), np.sin(angles)
-    wanted = rotate(q.reshape(5, 3, 6), cos[:, None], sin[:, None], interleave=False).reshape(5, 18)
-    np.testing.assert_allclose(got_q, wanted, atol=1e-6)
+    got_q, got_k = run(Cell(), q, k, *(np.concatenate([table, table], 1) for table in (cos, sin)))
+    wanted = rotate(q[:, :, 4:], cos[:, None], sin[:, None], interleave=False)
+    np.testing.assert_array_equal(got_q[:, :, :4], q[:, :, :4])
+    np.testing.assert_allclose(got_q[:, :, 4:], wanted, atol=1e-6)
     np.testing.assert_allclose(got_k, rotate(k, cos, sin, interleave=False), atol=1e-6)
 
 

@@ -53,16 +53,14 @@ def check(tp, dtype, ep=1, dp=1, static=False):
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     found = {line["graph"]: set(line["operators"]) for line in lines}
-    assert set(found) == {"prefill", "decode", "draft prefill", "draft decode", "head"}
+    assert set(found) == {"prefill", "decode", "draft prefill", "draft decode"}
     for name, operators in found.items():
-        phase = name.split()[-1]
-        wanted = {"RmsNorm"} if name == "head" else EVERY_LAYER | MIXTURE | {ATTENTION[phase]}
-        if name != "head":
-            wanted |= (QUANTISED if dtype == "w8a8" else set()) | ({"QuantV2"} if static else set())
-            wanted |= {"ReduceScatter"} if dp > 1 else set()
+        wanted = EVERY_LAYER | MIXTURE | {ATTENTION[name.split()[-1]]}
+        wanted |= (QUANTISED if dtype == "w8a8" else set()) | ({"QuantV2"} if static else set())
+        wanted |= {"ReduceScatter"} if dp > 1 else set()
         assert operators - PLAIN == wanted
-        assert ("AllReduce" in operators) == (tp > 1 and name != "head")
-        assert ("AllGather" in operators) == (dp > 1 or (tp > 1 and ("head" in name or "draft" in name)))
+        assert ("AllReduce" in operators) == (tp > 1)
+        assert ("AllGather" in operators) == (tp > 1 or dp > 1)
 
 
 MUTATION = """

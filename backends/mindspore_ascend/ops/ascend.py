@@ -44,20 +44,30 @@ class AddRmsNorm(nn.Cell):
         return normed, total
 
 
-class Rotate(nn.Cell):
-    def __init__(self, heads: int, width: int):
+class Turn(nn.Cell):
+    def __init__(self, nope: int, rope: int):
         super().__init__(auto_prefix=False)
-        self.heads = heads
-        self.width = width
+        self.rope = rope
+
+    def construct(self, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        return cos_TR.reshape(1, -1, 1, self.rope), sin_TR.reshape(1, -1, 1, self.rope)
+
+
+class Rotate(nn.Cell):
+    """The rotary parts of queries and keys together, as one more head."""
+
+    def __init__(self, heads: int, nope: int, rope: int):
+        super().__init__(auto_prefix=False)
+        self.heads, self.nope, self.rope = heads, nope, rope
         self.rotate = fused.RotaryPositionEmbedding()
 
-    def construct(self, q_TX: Tensor, k_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        both_TX = ops.concat((q_TX, k_TR), -1).astype(ms.float32)
-        both_1THR = both_TX.reshape(1, -1, self.heads + 1, self.width)
-        cos_1T1R, sin_1T1R = (table.reshape(1, -1, 1, self.width) for table in (cos_TR, sin_TR))
-        turned_TX = self.rotate(both_1THR, cos_1T1R, sin_1T1R, 0).reshape(-1, (self.heads + 1) * self.width)
-        turned_TX = turned_TX.astype(q_TX.dtype)
-        return turned_TX[:, : self.heads * self.width], turned_TX[:, self.heads * self.width :]
+    def construct(self, q_THQ: Tensor, k_TR: Tensor, turn: tuple) -> tuple[Tensor, Tensor]:
+        cos_1T1R, sin_1T1R = turn
+        both_THR = ops.concat((q_THQ[:, :, self.nope :], k_TR.expand_dims(1)), 1).astype(ms.float32)
+        turned_1THR = self.rotate(both_THR.expand_dims(0), cos_1T1R, sin_1T1R, 0)
+        turned_THR = turned_1THR.reshape(-1, self.heads + 1, self.rope).astype(q_THQ.dtype)
+        q_THQ = ops.concat((q_THQ[:, :, : self.nope], turned_THR[:, : self.heads]), -1)
+        return q_THQ, turned_THR[:, self.heads]
 
 
 def cache_shape(blocks: int, block_size: int, width: int) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ Every expert multiplies every token, and the weights drop what was not chosen: r
 with static shapes that plain operators allow. Between `Permute` and `Unpermute`, rows are therefore [E, T, ...], where
 the fused operators sort a row for each choice.
 
-Shape letters: T tokens, H heads, X cache entry (latent and rope key), C latent, R rope dim or ranks, S visible
-positions or rows of all ranks, D hidden, E experts, K experts a token, F features, B sequences, M blocks, G groups.
+Shape letters: T tokens, H heads, X cache entry (latent and rope key), C latent, N nope dim, R rope dim or ranks, Q
+query (N + R), S visible positions or rows of all ranks, D hidden, E experts, K experts a token, F features, B
+sequences, M blocks, G groups.
 """
 
 from __future__ import annotations
@@ -49,23 +50,43 @@ class AddRmsNorm(nn.Cell):
         return self.norm(total, weight), total
 
 
-class Rotate(nn.Cell):
-    """RoPE on halves: queries [T, H * R] and keys [T, R] with FP32 tables [T, R], whose two halves are equal."""
+class Turn(nn.Cell):
+    """What `Rotate` takes, made once for all layers, from FP32 tables [T, R] whose two halves are equal."""
 
-    def __init__(self, heads: int, width: int):
+    def __init__(self, nope: int, rope: int):
         super().__init__(auto_prefix=False)
-        self.heads = heads
-        self.width = width
-        self.half = width // 2
+        self.nope = nope
+        self.sign_R = Tensor(np.repeat(np.array([-1, 1], np.float32), rope // 2))
 
-    def construct(self, q_TX: Tensor, k_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        q_THR = self.turn(q_TX.reshape(-1, self.heads, self.width), cos_TR.expand_dims(1), sin_TR.expand_dims(1))
-        return q_THR.reshape(-1, self.heads * self.width), self.turn(k_TR, cos_TR, sin_TR)
+    def construct(self, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Factors of a value and of its partner, of queries [T, 1, N + R] and of keys [T, R]."""
+        partner_TR = sin_TR * self.sign_R
+        still_TN = ops.zeros((cos_TR.shape[0], self.nope), ms.float32)
+        query_cos_TQ = ops.concat((still_TN + 1.0, cos_TR), -1)
+        query_sin_TQ = ops.concat((still_TN, partner_TR), -1)
+        return query_cos_TQ.expand_dims(1), query_sin_TQ.expand_dims(1), cos_TR, partner_TR
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+
+class Rotate(nn.Cell):
+    """RoPE on halves of the last R values of queries [T, H, N + R], and of keys [T, R]."""
+
+    def __init__(self, heads: int, nope: int, rope: int):
+        super().__init__(auto_prefix=False)
+        partner_R = np.roll(np.arange(rope, dtype=np.int32), rope // 2)
+        self.key_partner_R = Tensor(partner_R)
+        self.query_partner_Q = Tensor(np.concatenate([np.arange(nope, dtype=np.int32), nope + partner_R]))
+
+    def construct(self, q_THQ: Tensor, k_TR: Tensor, turn: tuple) -> tuple[Tensor, Tensor]:
+        """``turn`` is `Turn`'s."""
+        query_cos_T1Q, query_sin_T1Q, cos_TR, sin_TR = turn
+        return (
+            self.turned(q_THQ, self.query_partner_Q, query_cos_T1Q, query_sin_T1Q),
+            self.turned(k_TR, self.key_partner_R, cos_TR, sin_TR),
+        )
+
+    def turned(self, x: Tensor, partner: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = x.astype(ms.float32)
-        turned = ops.concat((-wide[..., self.half :], wide[..., : self.half]), -1)
-        return (wide * cos + turned * sin).astype(x.dtype)
+        return (wide * cos + ops.gather(wide, partner, wide.ndim - 1) * sin).astype(x.dtype)
 
 
 def cache_shape(blocks: int, block_size: int, width: int) -> tuple[int, ...]:
@@ -146,7 +167,7 @@ class DecodeAttention(nn.Cell):
         scores_THS = self.scores(q_THX, entries_TSX).astype(ms.float32) * self.scale
         beyond_TS = ops.arange(slots_TS.shape[1]).astype(ms.int32).expand_dims(0) >= visible_T.expand_dims(1)
         weights_THS = ops.softmax(scores_THS.masked_fill(beyond_TS.expand_dims(1), MASKED), -1).astype(q_THX.dtype)
-        return self.mix(weights_THS, entries_TSX[:, :, : self.latent])
+        return self.mix(weights_THS, entries_TSX)[:, :, : self.latent]
 
 
 class Route(nn.Cell):
