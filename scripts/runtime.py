@@ -191,9 +191,7 @@ class CountedWeights:
         self._count(name)
         return self._weights.int8_channels(name, rows, cols)
 
-    def static_input(
-        self, name: str, rows: tuple[int, int] | None = None
-    ) -> tuple[float, int, NDArray | None] | None:
+    def static_input(self, name: str, rows: tuple[int, int] | None = None) -> tuple[float, int, NDArray | None] | None:
         return self._weights.static_input(name, rows)
 
     def _count(self, name: str) -> None:
