@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.schema import RunConfig
+from ..models.quant import StoredInt4
 from ..models.spec import ModelSpec
 
 IntArray = NDArray[np.int32]
@@ -38,6 +39,9 @@ class Weights(Protocol):
     ) -> NDArray:
         """The logical [out, in] values, or a slice: float32 for dtype "f32", uint16 bit patterns for "bf16"."""
 
+    def format(self, name: str) -> str:
+        """How a parameter is stored: `convert.storage.Stored.format` lists the values."""
+
     def fp8_blocks(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
     ) -> tuple[NDArray[np.uint8], FloatArray] | None:
@@ -50,6 +54,16 @@ class Weights(Protocol):
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
     ) -> tuple[NDArray[np.int8], FloatArray] | None:
         """Signed codes [out, in], or a slice, and multipliers [out] of a weight that is stored so, else None."""
+
+    def int8_blocks(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> tuple[NDArray[np.int8], FloatArray] | None:
+        """As `fp8_blocks`, with signed codes."""
+
+    def int4(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> StoredInt4 | None:
+        """The stored words of a weight in a 4-bit format, or of a slice of it, else None."""
 
     def static_input(
         self, name: str, rows: tuple[int, int] | None = None

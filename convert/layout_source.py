@@ -40,6 +40,10 @@ class LayoutSource:
         """As `CheckpointWeights.read`."""
         return np.ascontiguousarray(self._source.weights.read(name, dtype, rows, cols))
 
+    def format(self, name: str) -> str:
+        """The precision in which values are given."""
+        return "bf16"
+
     def fp8_blocks(self, name: str, rows: Range | None = None, cols: Range | None = None) -> None:
         """None: the layouts hold no FP8."""
 
@@ -52,6 +56,12 @@ class LayoutSource:
             if found := self._source.reader.static_input(stored):
                 return *found, None
         return None
+
+    def int8_blocks(self, name: str, rows: Range | None = None, cols: Range | None = None) -> None:
+        """None: the layouts hold no blocks."""
+
+    def int4(self, name: str, rows: Range | None = None, cols: Range | None = None) -> None:
+        """None: nor 4-bit words."""
 
     def close(self) -> None:
         self._source.checkpoint.close()

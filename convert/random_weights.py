@@ -71,6 +71,12 @@ class RandomWeights:
         """None, too."""
         return None
 
+    def int8_blocks(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> None:
+        """None, too."""
+
+    def int4(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> None:
+        """None, too."""
+
     def _chunk(self, param: Param, index: int, dtype: str) -> NDArray:
         """Rows index * _ROWS and on, rounded to the parameter's own precision first: "f32" and "bf16" agree."""
         shape = min(_ROWS, param.shape[0] - index * _ROWS), *param.shape[1:]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..models.dtypes import FLOATS, to_f32
 from ..models.errors import InputError
-from ..models.quant import BLOCK, result_dtype
+from ..models.quant import BLOCK, StoredInt4, result_dtype
 from ..models.spec import ModelSpec
 from .checkpoint import Checkpoint, listed
 from .formats import FORMATS, Parts, Range, Window, ascend_weight_scales, check_parts
@@ -83,14 +83,37 @@ class CheckpointWeights:
 
         None when it is stored otherwise, or the slice cuts a block.
         """
+        return self._blocks("fp8_block", name, rows, cols)
+
+    def int8_blocks(
+        self, name: str, rows: Range | None = None, cols: Range | None = None
+    ) -> tuple[NDArray, NDArray] | None:
+        """As `fp8_blocks`, with signed codes."""
+        found = self._blocks("int8_block", name, rows, cols)
+        return None if found is None else (found[0].view(np.int8), found[1])
+
+    def _blocks(
+        self, name_of_format: str, name: str, rows: Range | None, cols: Range | None
+    ) -> tuple[NDArray, NDArray] | None:
         stored = self.stored(name)
-        if stored.format != "fp8_block" or stored.block != BLOCK:
+        if stored.format != name_of_format or stored.block != BLOCK:
             return None
         windows = zip((rows, cols), stored.param.shape, BLOCK, strict=True)
         if any(cut and (cut[0] % block or (cut[1] % block and cut[1] != size)) for cut, size, block in windows):
             return None
         parts = self.parts(name, rows, cols)
         return parts["weight"], parts["weight_scale_inv"]
+
+    def int4(self, name: str, rows: Range | None = None, cols: Range | None = None) -> StoredInt4 | None:
+        """The stored words of a weight in a 4-bit format, or of a slice of it, else None."""
+        stored = self.stored(name)
+        if stored.group_size is None:
+            return None
+        window = Window.of(stored.param, rows, cols)
+        (row, row_end), (column, column_end) = window.rows, window.cols
+        shape, skip = (row_end - row, column_end - column), (row % 8, column % 8)
+        parts = self._read_parts(stored, window)
+        return StoredInt4(stored.format, parts, stored.group_size, stored.zeros_minus_one, shape, skip, column)
 
     def int8_channels(
         self, name: str, rows: Range | None = None, cols: Range | None = None

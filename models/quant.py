@@ -13,6 +13,8 @@ pack-quantized layout.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,6 +111,23 @@ def dequant_int8_channels(q_NK: Int8, scales_N1: Float32, dtype: str, offsets_N1
 _SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble p of a word holds column 8j + AWQ_ORDER[p]
 _PLAIN_ORDER = tuple(range(8))
+
+
+class StoredInt4(NamedTuple):
+    """A 4-bit weight, or a slice of it, as a checkpoint stores it.
+
+    ``layout`` is gptq, awq or ct_int4, whose ``parts`` `dequant_gptq`, `dequant_awq` and `dequant_packed_int4` explain;
+    scales are FP32 and of all groups. ``skip`` rows and columns of the parts lie ahead of the slice, because words hold
+    eight; ``first_column`` is where the slice begins in the weight.
+    """
+
+    layout: str
+    parts: dict[str, NDArray]
+    group_size: int
+    zeros_minus_one: bool
+    shape: tuple[int, int]
+    skip: tuple[int, int]
+    first_column: int
 
 
 def pack_int4(values: NDArray, axis: int, order: tuple[int, ...] = _PLAIN_ORDER) -> Int32:

@@ -25,6 +25,7 @@ from ..convert.weights import CheckpointWeights
 from ..models.catalog import load_spec
 from ..models.errors import InputError
 from ..models.hf_config import spec_from_hf
+from ..models.quant import StoredInt4
 from ..models.spec import ModelSpec, nearest
 from ..serving.batch import GenerationOptions, prompt_logits
 from ..serving.engine import Engine, EngineLimits
@@ -179,6 +180,9 @@ class CountedWeights:
         self._count(name)
         return self._weights.read(name, dtype, rows, cols)
 
+    def format(self, name: str) -> str:
+        return self._weights.format(name)
+
     def fp8_blocks(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
     ) -> tuple[NDArray, NDArray] | None:
@@ -193,6 +197,18 @@ class CountedWeights:
 
     def static_input(self, name: str, rows: tuple[int, int] | None = None) -> tuple[float, int, NDArray | None] | None:
         return self._weights.static_input(name, rows)
+
+    def int8_blocks(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> tuple[NDArray, NDArray] | None:
+        self._count(name)
+        return self._weights.int8_blocks(name, rows, cols)
+
+    def int4(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> StoredInt4 | None:
+        self._count(name)
+        return self._weights.int4(name, rows, cols)
 
     def _count(self, name: str) -> None:
         self._seen.add(name)

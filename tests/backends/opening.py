@@ -32,8 +32,13 @@ class DictWeights:
         value = self.values[name][slice(*rows) if rows else slice(None)]
         return round_to(value if value.ndim == 1 else value[:, slice(*cols) if cols else slice(None)], dtype)
 
+    def format(self, name):
+        return "f32"
+
     def fp8_blocks(self, name, rows=None, cols=None):
         return None
+
+    int8_channels = int8_blocks = int4 = fp8_blocks
 
 
 def build(spec, dtype="fp32", backend_name="torch_triton", device="auto", **engine):

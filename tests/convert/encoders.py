@@ -302,7 +302,9 @@ def hf_config(spec: ModelSpec) -> dict:
     }
 
 
-def write(directory: Path, tensors: dict[str, torch.Tensor], quantization_config: dict | None = None) -> Path:
+def write(
+    directory: Path, tensors: dict[str, torch.Tensor], quantization_config: dict | None = None, spec: ModelSpec = SPEC
+) -> Path:
     """Two shards, dealt tensor by tensor: many scales are in another file than their weight."""
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
@@ -312,7 +314,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], quantization_config
     weight_map = {name: shard for shard, members in shards.items() for name in members}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = hf_config(SPEC)
+    config = hf_config(spec)
     if quantization_config:
         config["quantization_config"] = quantization_config
     (directory / "config.json").write_text(json.dumps(config))
