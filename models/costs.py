@@ -6,7 +6,7 @@ from .params import Param, parameters
 from .spec import ModelSpec
 
 # Bytes a value of a linear weight, its scales (FP8 and INT4 blocks, INT8 rows) included where they count.
-LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "w8a8": 1.0, "int4": 0.5 + 2 / 128}
+LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "w8a8": 1.0, "int4": 0.5 + 4 / 128}
 CACHE_GROUP = 128  # latent values that share a scale in an FP8 cache
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspan.backends.torch_triton.kernels import experts, fp8_linear, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.kernels import experts, few_rows, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
 from deepspan.models.catalog import load_spec
 
 FP8 = torch.float8_e4m3fn
@@ -76,17 +77,17 @@ def _dense(setting: Setting, outputs: int, inputs: int, rows: int, gated: bool) 
     size = outputs * inputs
     device = setting.device
     weights = [
-        (random_codes(device, outputs, inputs), random_scales(device, -(-outputs // 128), inputs // 128))
+        Fp8Weight(random_codes(device, outputs, inputs), random_scales(device, -(-outputs // 128), inputs // 128))
         for _ in range(1 + setting.copies_of // size)
     ]
     x = quant.quantise(random_rows(device, rows, inputs))
-    twin = partial(fp8_linear.fp8_linear_eager, x, *weights[0], gated=gated)
+    twin = partial(few_rows.few_rows_eager, x, weights[0], gated=gated)
     width = outputs // 2 if gated else outputs
-    chosen = fp8_linear.choose(rows, width, inputs, gated, quant.chip_of(device))
+    chosen = few_rows.choose(rows, width, inputs, gated, quant.chip_of(device))
     for label, config in [("chosen", chosen), *(_dense_sweep(chosen, gated) if setting.sweep else [])]:
-        runs = [partial(fp8_linear.fp8_linear, x, *weight, gated=gated, config=config) for weight in weights]
+        runs = [partial(few_rows.few_rows, x, weight, gated=gated, config=config) for weight in weights]
         yield Case(
-            "fp8_linear gated" if gated else "fp8_linear",
+            "few_rows gated" if gated else "few_rows",
             f"{outputs}x{inputs} M{rows}",
             f"{label} {tuple(config)}",
             size + rows * (inputs + 2 * width),
@@ -96,9 +97,9 @@ def _dense(setting: Setting, outputs: int, inputs: int, rows: int, gated: bool) 
         )
 
 
-def _dense_sweep(chosen: fp8_linear.Config, gated: bool) -> Iterator[tuple[str, fp8_linear.Config]]:
+def _dense_sweep(chosen: few_rows.Config, gated: bool) -> Iterator[tuple[str, few_rows.Config]]:
     for block_n, stages, splits in itertools.product((64, 128), (3, 4, 6), (1,) if gated else (1, 2, 3, 4, 6, 8)):
-        config = fp8_linear.Config(chosen.block_m, block_n // 2 if gated else block_n, splits, 4, stages)
+        config = few_rows.Config(chosen.block_m, block_n // 2 if gated else block_n, splits, 4, stages)
         if (block_n + chosen.block_m) * 128 * stages < 200 << 10:
             yield "sweep", config
 
@@ -108,12 +109,17 @@ def _dense_sweep(chosen: fp8_linear.Config, gated: bool) -> Iterator[tuple[str, 
 
 def grouped(setting: Setting) -> Iterator[Case]:
     device, count = setting.device, setting.experts
-    stack = experts.Stack(
-        random_codes(device, count, 4096, 7168), random_scales(device, count, 32, 56),
-        random_codes(device, count, 7168, 2048), random_scales(device, count, 56, 16),
-    )  # fmt: skip
+    stack = random_stack(device, count)
     for tokens in (1, 8, 32, 128):
         yield from _experts(setting, stack, tokens)
+
+
+def random_stack(device: torch.device, count: int) -> experts.Stack:
+    """``count`` experts of V3."""
+    return experts.Stack(
+        Fp8Weight(random_codes(device, count, 4096, 7168), random_scales(device, count, 32, 56)),
+        Fp8Weight(random_codes(device, count, 7168, 2048), random_scales(device, count, 56, 16)),
+    )
 
 
 def _choices(setting: Setting, tokens: int) -> Tensor:

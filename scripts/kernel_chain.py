@@ -13,9 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspan.backends.torch_triton.kernels import experts, fp8_linear, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.kernels import experts, few_rows, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
 from deepspan.models.catalog import load_spec
-from deepspan.scripts.kernel_cases import LATENT, PAGE, ROPE, Case, Setting, random_codes, random_rows, random_scales
+from deepspan.scripts.kernel_cases import (
+    LATENT,
+    PAGE,
+    ROPE,
+    Case,
+    Setting,
+    random_codes,
+    random_rows,
+    random_scales,
+    random_stack,
+)
 
 HIDDEN, QUERY_LATENT, HEADS, VALUES = 7168, 1536, 128, 16384
 SPEC = load_spec("deepseek_v3")
@@ -24,9 +35,9 @@ SPEC = load_spec("deepseek_v3")
 class Layer(NamedTuple):
     """Weights of one layer but its experts, which layers share here."""
 
-    down_projections: tuple[Tensor, Tensor]  # q_a and kv_a
-    q_b: tuple[Tensor, Tensor]
-    o: tuple[Tensor, Tensor]
+    down_projections: Fp8Weight  # q_a and kv_a
+    q_b: Fp8Weight
+    o: Fp8Weight
     router: Tensor
     bias: Tensor
     cache: Tensor
@@ -51,31 +62,28 @@ def run(layer: Layer, step: Step, residual: Tensor, branch: Tensor) -> Tensor:
     tokens = len(residual)
     first = quant.add_norm_quantise(branch, residual, step.norms[HIDDEN], 1e-6)
     assert first.quantised is not None and first.residual is not None
-    latents = fp8_linear.fp8_linear(first.quantised, *layer.down_projections)
+    latents = few_rows.few_rows(first.quantised, layer.down_projections)
     query = quant.add_norm_quantise(latents[:, :QUERY_LATENT], None, step.norms[QUERY_LATENT], 1e-6).quantised
     assert query is not None
-    q = fp8_linear.fp8_linear(query, *layer.q_b).view(tokens, HEADS, 192)
+    q = few_rows.few_rows(query, layer.q_b).view(tokens, HEADS, 192)
     rope_cache.rope_cache(
         latents[:, QUERY_LATENT:], step.norms[LATENT], 1e-6, q[:, :, 128:], step.absorbed[:, :, LATENT:],
         step.position, step.position, step.tables, layer.cache,
     )  # fmt: skip
     context = PAGE * step.blocks.shape[1]
     mla_decode.mla_decode(step.absorbed, layer.cache, step.blocks, step.lengths, 0.04, LATENT, context)
-    attended = fp8_linear.fp8_linear(quant.quantise(step.values), *layer.o)
+    attended = few_rows.few_rows(quant.quantise(step.values), layer.o)
     second = quant.add_norm_quantise(attended, first.residual, step.norms[HIDDEN], 1e-6, plain=True)
     assert second.quantised is not None and second.plain is not None
     choice = router.choose_experts(second.plain, layer.router, layer.bias, SPEC, step.room, shared=1)
-    pairs = experts.group(choice.ids, len(step.stack.down)) if tokens > 1 else experts.one_pair_tiles(choice.ids)
+    pairs = experts.group(choice.ids, len(step.stack.down.codes)) if tokens > 1 else experts.one_pair_tiles(choice.ids)
     h = experts.gate_up(second.quantised, choice.ids, step.stack, pairs)
     return experts.down(quant.quantise(h), choice.ids, choice.weights, step.stack, pairs)
 
 
 def chain(setting: Setting) -> Iterator[Case]:
     device = setting.device
-    stack = experts.Stack(
-        random_codes(device, setting.experts, 4096, 7168), random_scales(device, setting.experts, 32, 56),
-        random_codes(device, setting.experts, 7168, 2048), random_scales(device, setting.experts, 56, 16),
-    )  # fmt: skip
+    stack = random_stack(device, setting.experts)
     for tokens, context in ((1, 1024), (8, 1024), (32, 1024), (128, 1024)):
         blocks = tokens * context // PAGE
         layers = [_layer(device, blocks) for _ in range(4 if setting.copies_of else 1)]
@@ -89,8 +97,9 @@ def chain(setting: Setting) -> Iterator[Case]:
 
 
 def _layer(device: torch.device, blocks: int) -> Layer:
-    def matrix(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-        return random_codes(device, outputs, inputs), random_scales(device, -(-outputs // 128), inputs // 128)
+    def matrix(outputs: int, inputs: int) -> Fp8Weight:
+        scales = random_scales(device, -(-outputs // 128), inputs // 128)
+        return Fp8Weight(random_codes(device, outputs, inputs), scales)
 
     return Layer(
         matrix(2112, 7168), matrix(24576, 1536), matrix(7168, 16384), random_rows(device, 256, HIDDEN),

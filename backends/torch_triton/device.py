@@ -33,11 +33,11 @@ def collectives(device: torch.device) -> str:
 
 
 def choose_gpu_dtype(run: RunConfig, spec: ModelSpec) -> str:
-    """How a GPU holds linear weights, fp8 or bf16. auto is fp8 for models that are published in FP8."""
+    """How a GPU holds linear weights: bf16, fp8, w8a8 or int4. auto is fp8 for models that are published in FP8."""
     if run.dtype == "auto":
         return "fp8" if spec.fp8 else "bf16"
-    if run.dtype not in ("bf16", "fp8"):
-        raise InputError(f"a GPU does not compute in {run.dtype} yet", "dtype", "set it to auto, fp8 or bf16")
+    if run.dtype == "fp32":
+        raise InputError("a GPU does not compute in fp32", "dtype", "set it to auto, bf16, fp8, w8a8 or int4")
     return run.dtype
 
 

@@ -16,6 +16,7 @@ MODES = {"tp2": {"tp": 2}, "ep2": {"tp": 2, "ep": 2}, "dp2": {"dp": 2}, "dp2-ep2
 SHARED = {name: SPECS[name].replace({"vocab_size": 88}) for name in ("v3", "v2-lite: no q_lora, two shared experts")}
 # Mode, precision, number in SHARED.
 CASES = [(mode, "bf16", 0) for mode in MODES] + [(mode, "fp8", 1) for mode in ("tp2", "ep2", "dp2-ep2")]
+CASES.append(("tp2", "w8a8", 1))
 # Steps of (sequence, first token, token after the last): a prompt beside a short one, a sequence alone, and both.
 STEPS = [[(0, 0, 7), (1, 0, 2)], [(0, 7, 8)], [(1, 2, 4), (0, 8, 10)]]
 

@@ -6,10 +6,12 @@ import torch
 
 from deepspan.backends.base import Sampling
 from deepspan.backends.torch_triton.gpu import graphs, room
+from deepspan.backends.torch_triton.gpu.formats import Fp8Format
 from deepspan.backends.torch_triton.gpu.inputs import SamplingNumbers
-from deepspan.backends.torch_triton.gpu.matrices import below, dequantise_blocks, pad_fp8, quantise_blocks
+from deepspan.backends.torch_triton.gpu.matrices import pad_fp8, quantise_blocks
 from deepspan.backends.torch_triton.gpu.sampling import Draw, draw, draw_of
 from deepspan.backends.torch_triton.gpu.source import DrawnTensors, StoredTensors
+from deepspan.backends.torch_triton.kernels.weights import dequantise_weight
 from deepspan.convert.checkpoint import Checkpoint
 from deepspan.convert.weights import CheckpointWeights
 from deepspan.models.capacity import GIB
@@ -37,10 +39,12 @@ def test_blocks_are_quantised_as_defined(shape):
 def test_padding_and_stacking_keep_the_numbers():
     first, second = (torch.randn(rows, 136) for rows in (40, 200))
     quantised = [quantise_blocks(first), quantise_blocks(second)]
-    stacked = dequantise_blocks(below([pad_fp8(quantised[0], 128, 200), pad_fp8(quantised[1], 256, 200)]))
+    stacked = dequantise_weight(
+        Fp8Format(CPU, False).joined([pad_fp8(quantised[0], 128, 200), pad_fp8(quantised[1], 256, 200)])
+    )
     assert stacked.shape == (384, 200)
-    assert torch.equal(stacked[:40, :136], dequantise_blocks(quantised[0]))
-    assert torch.equal(stacked[128:328, :136], dequantise_blocks(quantised[1]))
+    assert torch.equal(stacked[:40, :136], dequantise_weight(quantised[0]))
+    assert torch.equal(stacked[128:328, :136], dequantise_weight(quantised[1]))
     stacked[:40, :136] = stacked[128:328, :136] = 0
     assert not stacked.any()
 
@@ -55,7 +59,7 @@ def test_codes_of_an_fp8_checkpoint_are_used_as_they_are():
             got = source.fp8(name)
             np.testing.assert_array_equal(got.codes.view(torch.uint8).numpy(), codes)
             np.testing.assert_array_equal(got.scales.numpy(), scales)
-            assert torch.equal(dequantise_blocks(got), source.plain(name))
+            assert torch.equal(dequantise_weight(got).bfloat16(), source.plain(name))
         assert weights.fp8_blocks("lm_head.weight") is None
 
 
@@ -123,7 +127,7 @@ def test_what_does_not_fit_is_refused_before_loading():
 
 
 @pytest.mark.parametrize(
-    "option, todo", [({"dtype": "w8a8"}, "fp8 or bf16"), ({"kv_dtype": "fp32"}, "auto, bf16 or fp8")]
+    "option, todo", [({"dtype": "fp32"}, "auto, bf16, fp8, w8a8 or int4"), ({"kv_dtype": "fp32"}, "auto, bf16 or fp8")]
 )
 def test_precisions_that_are_not_built_are_refused(option, todo):
     with pytest.raises(InputError, match=todo):

@@ -17,7 +17,11 @@ from tests.gpu_path.test_forward import FP8_ACTIVATIONS
 from tests.launches import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE = {"bf16": BF16, "fp8": FP8_ACTIVATIONS}  # sums of halves are rounded once more, and tip choices
+TOLERANCE = {
+    "bf16": BF16,
+    "fp8": FP8_ACTIVATIONS,
+    "w8a8": FP8_ACTIVATIONS,
+}  # sums of halves are rounded once more, and tip choices
 
 
 @pytest.fixture(scope="module")

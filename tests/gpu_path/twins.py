@@ -5,13 +5,13 @@ Attention of prompts stays a kernel: its roundings would tip codes of what follo
 
 import torch
 
-from deepspan.backends.torch_triton.gpu import attention, experts, linear, model, sampling
-from deepspan.backends.torch_triton.kernels import absorb, entries, fp8_linear, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.gpu import attention, linear, model, sampling
+from deepspan.backends.torch_triton.kernels import absorb, entries, few_rows, mla_decode, quant, rope_cache, router
 from deepspan.backends.torch_triton.kernels import experts as expert_kernels
 
 
-def _product(x, weight, scales, gated=False):
-    return fp8_linear.fp8_linear_eager(x, weight, scales, gated).bfloat16()
+def _product(x, weight, gated=False):
+    return few_rows.few_rows_eager(x, weight, gated).bfloat16()
 
 
 def _attend(q, cache, table, lengths, scale, latent, longest):
@@ -23,10 +23,10 @@ def _choose(x, weight, bias, spec, room, shared):
 
 
 def put_in_place(monkeypatch):
-    monkeypatch.setattr(linear, "fp8_linear", _product)
+    monkeypatch.setattr(linear, "few_rows", _product)
     monkeypatch.setattr(linear, "quantise", quant.quantise_eager)
     monkeypatch.setattr(linear, "add_norm_quantise", quant.add_norm_quantise_eager)
-    monkeypatch.setattr(experts, "quantise", quant.quantise_eager)
+    monkeypatch.setattr(linear, "quantise_rows", quant.quantise_rows_eager)
     monkeypatch.setattr(expert_kernels, "gate_up", _gate_up)
     monkeypatch.setattr(expert_kernels, "down", _down)
     monkeypatch.setattr(attention, "absorb", absorb.absorb_eager)

@@ -8,6 +8,7 @@ import collections
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -22,18 +23,21 @@ from deepspan.backends.torch_triton.kernels import (
     chips,
     entries,
     experts,
-    fp8_linear,
+    few_rows,
     grouped,
+    int8,
     mla_decode,
     prompt_attention,
     quant,
     rope_cache,
     router,
 )
+from deepspan.backends.torch_triton.kernels.weights import Fp8Weight, Int4Weight, Int8Weight, Weight
 from deepspan.models.catalog import load_spec
 
 TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int8: "*i8", torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8",
 }  # fmt: skip
 ROWS = (1, 8, 64)
@@ -92,46 +96,67 @@ def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def activations(chip: chips.Chip, rows: int, channels: int):
-    """BF16 always; codes where the chip multiplies them."""
+def weights(chip: chips.Chip, *shape: int, rare: bool = True) -> Iterator[Weight]:
+    """A matrix or a stack in every form that a kernel tells apart; without the rare ones, every one with own tiles."""
+    *stack, outputs, inputs = shape
+    blocks = empty(*stack, -(-outputs // 128), -(-inputs // 128), dtype=torch.float32)
+    yield Fp8Weight(empty(*shape, dtype=chip.fp8), blocks)
+    yield Int8Weight(empty(*shape, dtype=torch.int8), empty(*shape[:-1], dtype=torch.float32))
+    codes = empty(*stack, outputs, inputs // 2, dtype=torch.uint8)
+    yield Int4Weight(codes, empty(*stack, inputs // 128, outputs, dtype=torch.int32), inputs)
+    if not rare:
+        return
+    yield Int8Weight(empty(*shape, dtype=torch.int8), blocks)
+    for group in (32, 64):
+        yield Int4Weight(codes, empty(*stack, inputs // group, outputs, dtype=torch.int32), inputs)
+    order = empty(*stack, inputs, dtype=torch.int32)
+    yield Int4Weight(codes, empty(*stack, inputs // 128, outputs, dtype=torch.int32), inputs, order)
+
+
+def activations(chip: chips.Chip, weight: Weight, rows: int, channels: int):
+    """As ``weight`` takes them; BF16 and, where the chip multiplies them, codes for FP8."""
+    if isinstance(weight, Int8Weight):
+        yield int8.quantise_rows(empty(rows, channels))
+        return
     yield empty(rows, channels)
-    if chip.fp8_units:
+    if chip.fp8_units and isinstance(weight, Fp8Weight):
         yield quant.quantise(empty(rows, channels))
 
 
 def launch_quant(chip: chips.Chip) -> None:
     for tokens, channels in ((1, 7168), (2, 1536), (128, 7168)):
         for branch in (empty(tokens, channels), empty(tokens, 9, channels, dtype=torch.float32)):
-            for quantise in (False, True)[: 1 + chip.fp8_units]:
+            for form in (None, "int8", "fp8")[: 2 + chip.fp8_units]:
                 residual = empty(tokens, channels)
-                quant.add_norm_quantise(branch, residual, empty(channels), 1e-6, not quantise, quantise)
+                quant.add_norm_quantise(branch, residual, empty(channels), 1e-6, form is None, form)
     if chip.fp8_units:
         quant.quantise(empty(600, 4096), gated=True)
+    for channels in (2048, 18432):
+        int8.quantise_rows(empty(600, 2 * channels), gated=True)
 
 
-def launch_fp8_linear(chip: chips.Chip) -> None:
+def launch_few_rows(chip: chips.Chip) -> None:
     for rows in ROWS:
         for outputs, inputs in ((24576, 1536), (2112, 7168), (7168, 16384), (7168, 2048)):
-            scales = empty(-(-outputs // 128), inputs // 128, dtype=torch.float32)
-            for x in activations(chip, rows, inputs):
-                fp8_linear.fp8_linear(x, empty(outputs, inputs, dtype=chip.fp8), scales)
-        for x in activations(chip, rows, 7168):
-            gate_up = empty(36864, 7168, dtype=chip.fp8), empty(288, 56, dtype=torch.float32)
-            fp8_linear.fp8_linear(x, *gate_up, gated=True)
+            for weight in weights(chip, outputs, inputs, rare=(rows, inputs) == (8, 16384)):
+                for x in activations(chip, weight, rows, inputs):
+                    few_rows.few_rows(x, weight)
+        for weight in weights(chip, 36864, 7168, rare=False):
+            for x in activations(chip, weight, rows, 7168):
+                few_rows.few_rows(x, weight, gated=True)
 
 
 def launch_experts(chip: chips.Chip) -> None:
-    stack = experts.Stack(
-        empty(257, 4096, 7168, dtype=chip.fp8), empty(257, 32, 56, dtype=torch.float32),
-        empty(257, 7168, 2048, dtype=chip.fp8), empty(257, 56, 16, dtype=torch.float32),
-    )  # fmt: skip
     for tokens in (1, 16, 256):
-        ids, weights = empty(tokens, 9, dtype=torch.int32), empty(tokens, 9, dtype=torch.float32)
+        shapes = (257, 4096, 7168), (257, 7168, 2048)
+        stacks = zip(*(weights(chip, *shape, rare=tokens == 16) for shape in shapes), strict=True)
+        ids, factors = empty(tokens, 9, dtype=torch.int32), empty(tokens, 9, dtype=torch.float32)
         pairs = experts.group(ids, 257) if tokens > 1 else experts.one_pair_tiles(ids)
-        for x in activations(chip, tokens, 7168):
-            experts.gate_up(x, ids, stack, pairs)
-        for h in activations(chip, 9 * tokens, 2048):
-            experts.down(h, ids, weights, stack, pairs)
+        for stack in itertools.starmap(experts.Stack, stacks):
+            for x in activations(chip, stack.gate_up, tokens, 7168):
+                experts.gate_up(x, ids, stack, pairs)
+            for h in activations(chip, stack.down, 9 * tokens, 2048):
+                experts.down(h, ids, factors, stack, pairs)
 
 
 def launch_router(chip: chips.Chip) -> None:
@@ -173,12 +198,16 @@ def launch_prompts(chip: chips.Chip) -> None:
     kv, rope, tiles = empty(5000, 128, 256), empty(5000, 576)[:, 512:], empty(8, 4, dtype=torch.int32)
     prompt_attention.prompt_attention(empty(1000, 128, 192), kv, rope, tiles, empty(1000, 128, 128), 0.1)
     pairs = grouped.Sorted(empty(5400, dtype=torch.int32), *(empty(99, dtype=torch.int32) for _ in range(3)))
-    for x in activations(chip, 5400, 7168):
-        weights = empty(257, 4096, 7168, dtype=chip.fp8), empty(257, 32, 56, dtype=torch.float32)
-        grouped.grouped(x, *weights, pairs)
-    for h in activations(chip, 5400, 2048):
-        weights = empty(257, 7168, 2048, dtype=chip.fp8), empty(257, 56, 16, dtype=torch.float32)
-        grouped.grouped(h, *weights, pairs, empty(600, 9, dtype=torch.float32))
+    for weight in weights(chip, 257, 4096, 7168):
+        for x in activations(chip, weight, 5400, 7168):
+            grouped.grouped(x, weight, pairs)
+    for weight in weights(chip, 257, 7168, 2048, rare=False):
+        for h in activations(chip, weight, 5400, 2048):
+            grouped.grouped(h, weight, pairs, empty(600, 9, dtype=torch.float32))
+    for weight in weights(chip, 7168, 2048, rare=False):
+        if not isinstance(weight, Fp8Weight):
+            for x in activations(chip, weight, 600, 2048):
+                grouped.one_matrix(x, weight)
 
 
 def launch_best(chip: chips.Chip) -> None:
@@ -189,16 +218,17 @@ def main(name: str) -> None:
     chip = chips.chip_named(name)
     launches = Launches(chip)
     modules = (
-        quant, fp8_linear, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries, best,
+        quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
+        best,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip
-    for module in (fp8_linear, best):
+    for module in (few_rows, best):
         module.counters = lambda device: empty(1 << 14, dtype=torch.int32)
     router.product_f32 = lambda x, weight: empty(len(x), len(weight), dtype=torch.float32)
     JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)
     launchers = (
-        launch_quant, launch_fp8_linear, launch_experts, launch_router, launch_mla, launch_around_attention,
+        launch_quant, launch_few_rows, launch_experts, launch_router, launch_mla, launch_around_attention,
         launch_prompts, launch_best,
     )  # fmt: skip
     for launch in launchers:

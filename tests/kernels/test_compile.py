@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
-    "quant._add_norm_quantise", "fp8_linear._rows", "experts._group", "experts._rows", "router._route",
-    "mla_decode._attend", "mla_decode._merge", "rope_cache._rope_cache", "entries._read", "absorb._absorb",
-    "prompt_attention._prompt_attention", "grouped._grouped", "router._choose_of_logits", "best._best",
+    "quant._add_norm_quantise", "int8._quantise_rows", "few_rows._rows", "experts._group", "experts._rows",
+    "router._route", "router._choose_of_logits", "mla_decode._attend", "mla_decode._merge", "rope_cache._rope_cache",
+    "entries._read", "absorb._absorb", "prompt_attention._prompt_attention", "grouped._grouped", "best._best",
 }  # fmt: skip
 
 

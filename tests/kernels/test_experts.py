@@ -7,26 +7,19 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels import experts as kernel
-from deepspan.backends.torch_triton.kernels import quant
 from deepspan.models.errors import DeepspanError
+from tests.kernels.quantised import KINDS, distance, operand, weights
 
 HIDDEN, WIDTH, EXPERTS = 320, 128, 7
 
 
-def matrices(count: int, outputs: int, inputs: int, used: set[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(outputs)
-    codes = torch.full((count, outputs, inputs + 16), torch.nan).to(torch.float8_e4m3fn)
-    scales = torch.full((count, -(-outputs // 128), -(-inputs // 128) + 1), torch.nan)
-    for e in used:
-        values = torch.randn(outputs, inputs, generator=generator) * 64
-        codes[e, :, :inputs] = values.to(torch.float8_e4m3fn)
-        scales[e, :, :-1] = (torch.rand(scales[e, :, :-1].shape, generator=generator) + 0.5) / 1024
-    return codes[:, :, :inputs], scales[:, :, :-1]
+def used(ids: torch.Tensor) -> set[int]:
+    return set(ids.flatten().tolist()) & set(range(EXPERTS))
 
 
-def stack(ids: torch.Tensor) -> kernel.Stack:
-    used = set(ids.flatten().tolist()) & set(range(EXPERTS))
-    return kernel.Stack(*matrices(EXPERTS, 2 * WIDTH, HIDDEN, used), *matrices(EXPERTS, HIDDEN, WIDTH, used))
+def stack(ids: torch.Tensor, kind: str = "fp8") -> kernel.Stack:
+    shapes = (2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)
+    return kernel.Stack(*(weights(kind, *shape, EXPERTS, used(ids)) for shape in shapes))
 
 
 def choices(tokens: int, per_token: int, seed: int = 0) -> torch.Tensor:
@@ -40,39 +33,35 @@ def tiles_of(ids: torch.Tensor) -> kernel.Tiles:
     return kernel.group(ids, EXPERTS) if len(ids) > 1 else kernel.one_pair_tiles(ids)
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("kind, quantised", [(kind, True) for kind in KINDS] + [("fp8", False)])
 @pytest.mark.parametrize("tokens, per_token", [(1, 4), (2, 3), (19, 4)])
-def test_experts_equal_dequantised_products(tokens, per_token, quantised):
+def test_experts_equal_dequantised_products(tokens, per_token, kind, quantised):
     ids = choices(tokens, per_token)
-    weights = torch.rand(ids.shape)
-    weights[:, -1] = 1
-    layer = stack(ids)
+    factors = torch.rand(ids.shape)
+    factors[:, -1] = 1
+    layer = stack(ids, kind)
     x = torch.randn(tokens, HIDDEN).bfloat16()
-    x = quant.quantise(x) if quantised else x
+    x = operand(kind, x) if quantised else x
     tiles = tiles_of(ids)
     h = kernel.gate_up(x, ids, layer, tiles)
     assert distance(h, kernel.gate_up_eager(x, ids, layer)) < 2**-8
-    h = quant.quantise(h) if quantised else h
-    got = kernel.down(h, ids, weights, layer, tiles)
+    h = operand(kind, h) if quantised else h
+    got = kernel.down(h, ids, factors, layer, tiles)
     assert got.dtype == torch.float32
-    assert distance(got.sum(1), kernel.down_eager(h, ids, weights, layer).sum(1)) < 1e-6
+    assert distance(got.sum(1), kernel.down_eager(h, ids, factors, layer).sum(1)) < 1e-6
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_choices_of_other_ranks_add_nothing(tokens):
     ids = choices(tokens, 4)
     ids[0, 0], ids[-1, 2] = -1, EXPERTS
-    layer, weights = stack(ids), torch.rand(ids.shape)
+    layer, factors = stack(ids), torch.rand(ids.shape)
     tiles = tiles_of(ids)
     h = kernel.gate_up(torch.randn(tokens, HIDDEN).bfloat16(), ids, layer, tiles)
     here = (ids >= 0) & (ids < EXPERTS)
     h = torch.where(here.view(-1, 1), h, torch.nan)
-    got = kernel.down(h, ids, weights, layer, tiles, foreign=True)
-    want = kernel.down_eager(torch.where(here.view(-1, 1), h, 0), ids, weights, layer)
+    got = kernel.down(h, ids, factors, layer, tiles, foreign=True)
+    want = kernel.down_eager(torch.where(here.view(-1, 1), h, 0), ids, factors, layer)
     assert distance(got.sum(1), want.sum(1)) < 1e-6
 
 

@@ -7,43 +7,56 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels import grouped as kernel
-from deepspan.backends.torch_triton.kernels import quant
-from tests.kernels.test_experts import EXPERTS, HIDDEN, WIDTH, choices, distance, matrices
+from deepspan.backends.torch_triton.kernels import int8, quant
+from deepspan.backends.torch_triton.kernels.few_rows import few_rows_eager
+from tests.kernels.quantised import KINDS, distance, operand, weights
+from tests.kernels.quantised import rows as rows_of
+from tests.kernels.test_experts import EXPERTS, HIDDEN, WIDTH, choices, used
+
+SMALL = kernel.Config(16, 64, 4, 2)
 
 
-def used(ids: torch.Tensor) -> set[int]:
-    return set(ids.flatten().tolist()) & set(range(EXPERTS))
-
-
-@pytest.mark.parametrize("quantised", [True, False])
-@pytest.mark.parametrize("config", [None, kernel.Config(16, 64, 4, 2)])
-def test_equals_dequantised_products(quantised, config):
+@pytest.mark.parametrize(
+    "kind, quantised, config",
+    [("fp8", True, None), ("fp8", False, None), ("fp8", False, SMALL)] + [(kind, True, SMALL) for kind in KINDS],
+)
+def test_equals_dequantised_products(kind, quantised, config):
     ids = choices(37, 4)
     pairs = kernel.sort_pairs(ids, EXPERTS, (config or kernel.choose(kernel.chip_of(ids.device))).block_m)
-    weights = matrices(EXPERTS, 2 * WIDTH, HIDDEN, used(ids))
+    weight = weights(kind, 2 * WIDTH, HIDDEN, EXPERTS, used(ids))
     x = torch.randn(37, HIDDEN).bfloat16()
-    rows = kernel.gather(quant.quantise(x) if quantised else x, pairs, ids.shape[1])
-    gate_up = kernel.grouped(rows, *weights, pairs, config=config)
-    assert distance(gate_up, kernel.grouped_eager(rows, *weights, pairs, ids)) < 2**-8
-    h = quant.quantise(gate_up, gated=True) if quantised else gate_up[:, :WIDTH]
+    sorted_x = kernel.gather(operand(kind, x) if quantised else x, pairs, ids.shape[1])
+    gate_up = kernel.grouped(sorted_x, weight, pairs, config=config)
+    assert distance(gate_up, kernel.grouped_eager(sorted_x, weight, pairs, ids)) < 2**-8
+    h = gate_up[:, :WIDTH]
+    if quantised and kind == "fp8":
+        h = quant.quantise(gate_up, gated=True)
+    elif kind.startswith("int8"):
+        h = int8.quantise_rows(gate_up, gated=True)
     factors = torch.rand(ids.shape)
-    weights = matrices(EXPERTS, HIDDEN, WIDTH, used(ids))
-    got = kernel.grouped(h, *weights, pairs, factors, config=config)
-    assert distance(got, kernel.grouped_eager(h, *weights, pairs, ids, factors)) < 2**-8
+    weight = weights(kind, HIDDEN, WIDTH, EXPERTS, used(ids))
+    got = kernel.grouped(h, weight, pairs, factors, config=config)
+    assert distance(got, kernel.grouped_eager(h, weight, pairs, ids, factors)) < 2**-8
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+def test_one_matrix(kind):
+    weight, x = weights(kind, 72, 168), operand(kind, rows_of(19, 168))
+    got = kernel.one_matrix(x, weight, SMALL)
+    assert distance(got, few_rows_eager(x, weight)) < 2**-8
 
 
 def test_choices_of_other_ranks_are_not_run():
     ids = choices(9, 3)
     ids[2, 0], ids[5, 1] = -1, EXPERTS
-    config = kernel.Config(16, 64, 4, 2)
-    pairs = kernel.sort_pairs(ids, EXPERTS, config.block_m)
+    pairs = kernel.sort_pairs(ids, EXPERTS, SMALL.block_m)
     here = ((ids >= 0) & (ids < EXPERTS)).flatten()
-    weights = matrices(EXPERTS, HIDDEN, WIDTH, used(ids))
+    weight = weights("fp8", HIDDEN, WIDTH, EXPERTS, used(ids))
     h = torch.randn(27, WIDTH).bfloat16()
     factors = torch.rand(ids.shape)
-    got = kernel.grouped(h, *weights, pairs, factors, foreign=True, config=config)
+    got = kernel.grouped(h, weight, pairs, factors, foreign=True, config=SMALL)
     assert not got[~here].any()
-    assert distance(got[here], kernel.grouped_eager(h, *weights, pairs, ids, factors)[here]) < 2**-8
+    assert distance(got[here], kernel.grouped_eager(h, weight, pairs, ids, factors)[here]) < 2**-8
 
 
 @pytest.mark.parametrize("tokens, per_token, number, block_m", [(40, 4, 9, 16), (3, 2, 300, 128), (129, 8, 8, 32)])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepspan.backends.torch_triton.kernels import quant
-from deepspan.models.quantise import quantise_activation_fp8
+from deepspan.backends.torch_triton.kernels import int8, quant
+from deepspan.models.quantise import quantise_activation_fp8, quantise_activation_int8
 
 
 def activations(tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -42,6 +42,25 @@ def test_quantise_is_bit_equal_to_its_twin_and_to_the_definition(tokens, channel
         np.testing.assert_array_equal(got.scales.numpy(), other_scales)
 
 
+@pytest.mark.parametrize("tokens, channels", [(1, 128), (3, 36), (2, 9000)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_rows_are_bit_equal_to_their_twin_and_to_the_definition(tokens, channels, dtype):
+    x = activations(tokens, channels).to(dtype)
+    x[-1] = x[-1].abs().max() * (torch.arange(channels) % 255 - 127) / 127  # ties, among others
+    got, twin = int8.quantise_rows(poisoned(x)), quant.quantise_rows_eager(x)
+    codes, scales = quantise_activation_int8(x.float().numpy())
+    for other_codes, other_scales in ((twin.codes.numpy(), twin.scales.numpy()), (codes, scales)):
+        np.testing.assert_array_equal(got.codes.numpy(), other_codes)
+        np.testing.assert_array_equal(got.scales.numpy(), other_scales)
+
+
+def test_int8_rows_of_gate_and_up():
+    x = torch.randn(5, 2 * 320).bfloat16()
+    got, twin = int8.quantise_rows(poisoned(x), gated=True), quant.quantise_rows_eager(x, gated=True)
+    torch.testing.assert_close(got.scales, twin.scales, rtol=2**-7, atol=0)
+    assert (got.codes.int() - twin.codes.int()).abs().max() <= 1
+
+
 def test_gate_and_up_are_joined_before_they_are_quantised():
     x = torch.randn(5, 2 * 320).bfloat16()
     got, twin = quant.quantise(poisoned(x), gated=True), quant.quantise_eager(x, gated=True)
@@ -73,25 +92,26 @@ def test_nan_stays_nan():
     assert values[1, 128:].isfinite().all()
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
 @pytest.mark.parametrize("parts", [None, 1, 3])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("tokens, channels", [(1, 7168), (3, 36), (65, 1100)])
-def test_add_norm_quantise_equals_its_twin(tokens, channels, parts, residual):
+def test_add_norm_quantise_equals_its_twin(tokens, channels, parts, residual, form):
     shape = (tokens, channels) if parts is None else (tokens, parts, channels)
     generator = torch.Generator().manual_seed(3)
     branch = torch.randn(shape, generator=generator).to(torch.float32 if parts == 3 else torch.bfloat16)
     before = torch.randn(tokens, channels, generator=generator).bfloat16() if residual else None
     weight = torch.rand(channels, generator=generator) + 0.5
     got = quant.add_norm_quantise(
-        poisoned(branch), poisoned(before) if residual else None, weight, 1e-6, plain=True, quantise=True
+        poisoned(branch), poisoned(before) if residual else None, weight, 1e-6, plain=True, quantise=form
     )
-    twin = quant.add_norm_quantise_eager(branch, before, weight, 1e-6, plain=True, quantise=True)
+    twin = quant.add_norm_quantise_eager(branch, before, weight, 1e-6, plain=True, quantise=form)
     assert (got.residual is None) == (twin.residual is None)
     if twin.residual is not None:
         ulps = (got.residual.view(torch.int16).int() - twin.residual.view(torch.int16).int()).abs()
         assert ulps.max() <= (1 if parts == 3 else 0)
     torch.testing.assert_close(got.plain, twin.plain, rtol=2**-7, atol=0 if parts != 3 else 1e-2)
-    own = quant.quantise_eager(got.plain)
+    own = quant.quantise_eager(got.plain) if form == "fp8" else quant.quantise_rows_eager(got.plain)
     np.testing.assert_array_equal(bits(got.quantised.codes), bits(own.codes))
     np.testing.assert_array_equal(got.quantised.scales.numpy(), own.scales.numpy())
 
@@ -99,4 +119,4 @@ def test_add_norm_quantise_equals_its_twin(tokens, channels, parts, residual):
 def test_partial_outputs_are_left_out():
     x, weight = torch.randn(2, 256).bfloat16(), torch.ones(256)
     assert quant.add_norm_quantise(x, None, weight, 1e-6, plain=False)[:2] == (None, None)
-    assert quant.add_norm_quantise(x, None, weight, 1e-6, plain=True, quantise=False).quantised is None
+    assert quant.add_norm_quantise(x, None, weight, 1e-6, plain=True, quantise=None).quantised is None

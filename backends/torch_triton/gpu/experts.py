@@ -8,6 +8,8 @@ U tiles of pairs of one expert, M pairs of a tile.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,55 +18,68 @@ from ..kernels import experts as kernels
 from ..kernels import grouped
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack, Tiles
-from ..kernels.quant import quantise
 from ..kernels.router import Choice
+from ..kernels.weights import block_of
 from ..layers import gated
-from .linear import Operand
+from .linear import Form, Linear, Operand
 
 FEW_TOKENS = 512  # up to here one program orders the pairs, and memory is the limit
 
 
-class Fp8Experts:
-    """``foreign``: choices past the stack are other ranks' and add nothing here."""
+class Experts(Protocol):
+    """``x``: in ``form``, or BF16. ``shared``: how many experts at the stack's end every token is to choose."""
 
-    def __init__(self, stack: Stack, ue8m0: bool, foreign: bool = False):
-        self._stack = stack
-        self._ue8m0 = ue8m0
-        self._foreign = foreign
-        self._chip = chip_of(stack.gate_up.device)
+    form: Form
+    shared: int
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
         """Each choice's result times its weight, FP32 or, of many tokens, BF16 [T, P, D]; to be added."""
+
+
+class KernelExperts:
+    """Stacks of quantised matrices. ``foreign``: choices past them are other ranks' and add nothing here."""
+
+    def __init__(self, stack: Stack, form: Form, shared: int, foreign: bool = False):
+        self._stack = stack
+        self.form = form
+        self.shared = shared
+        self._foreign = foreign
+        self._chip = chip_of(stack.gate_up.codes.device)
+
+    def __call__(self, x: Operand, choice: Choice) -> Tensor:
+        x = self.form.of(x)
         if len(choice.ids) > FEW_TOKENS:
             return self._many(x, choice)
         tiles = self._tiles(choice.ids)
-        h = kernels.gate_up(x, choice.ids, self._stack, tiles)
-        h_or_codes = quantise(h, self._ue8m0) if self._chip.fp8_units else h
-        return kernels.down(h_or_codes, choice.ids, choice.weights, self._stack, tiles, self._foreign)
+        h = self.form.of(kernels.gate_up(x, choice.ids, self._stack, tiles))
+        return kernels.down(h, choice.ids, choice.weights, self._stack, tiles, self._foreign)
 
     def _tiles(self, ids_TP: Tensor) -> Tiles:
-        return kernels.one_pair_tiles(ids_TP) if len(ids_TP) == 1 else kernels.group(ids_TP, len(self._stack.down))
+        if len(ids_TP) == 1:
+            return kernels.one_pair_tiles(ids_TP)
+        return kernels.group(ids_TP, len(self._stack.down.codes))
 
     def _many(self, x: Operand, choice: Choice) -> Tensor:
         tokens, choices = choice.ids.shape
-        stack = self._stack
-        pairs = grouped.sort_pairs(choice.ids, len(stack.down), grouped.choose(self._chip).block_m)
-        gate_up = grouped.grouped(grouped.gather(x, pairs, choices), stack.gate_up, stack.gate_up_scales, pairs)
-        h = quantise(gate_up, self._ue8m0, gated=True) if self._chip.fp8_units else gated(gate_up)
-        y = grouped.grouped(h, stack.down, stack.down_scales, pairs, choice.weights, self._foreign)
-        return y.view(tokens, choices, -1)
+        gate_up, down = self._stack
+        block_m = grouped.choose(self._chip, block_of(gate_up)).block_m
+        pairs = grouped.sort_pairs(choice.ids, len(down.codes), block_m)
+        h = self.form.gated(grouped.grouped(grouped.gather(x, pairs, choices), gate_up, pairs))
+        return grouped.grouped(h, down, pairs, choice.weights, self._foreign).view(tokens, choices, -1)
 
 
 class Bf16Experts:
-    """As `Fp8Experts`."""
+    """As `KernelExperts`; results are FP32."""
 
-    def __init__(self, gate_up_EID: Tensor, down_EDI: Tensor, foreign: bool = False):
+    form = Form()
+
+    def __init__(self, gate_up_EID: Tensor, down_EDI: Tensor, shared: int, foreign: bool = False):
+        self.shared = shared
         self._foreign = foreign
         self._gate_up = gate_up_EID.transpose(1, 2)
         self._down = down_EDI.transpose(1, 2)
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
-        """Each choice's result times its weight, FP32 [T, P, D]; to be added."""
         assert isinstance(x, Tensor), "BF16 weights take BF16 activations"
         tokens, choices = choice.ids.shape
         sorted_R, order_R = choice.ids.flatten().sort(stable=True)
@@ -76,3 +91,18 @@ class Bf16Experts:
         if self._foreign:
             y_RD.masked_fill_((sorted_R >= len(expert_E))[:, None], 0)
         return torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(tokens, choices, -1)
+
+
+class BesideShared:
+    """Routed experts, and shared ones in another format: layers of their own, whose result is one part more."""
+
+    shared = 0
+
+    def __init__(self, routed: Experts, gate_up: Linear, down: Linear):
+        self._routed, self._gate_up, self._down = routed, gate_up, down
+        self.form = routed.form if routed.form == gate_up.form else Form()
+
+    def __call__(self, x: Operand, choice: Choice) -> Tensor:
+        routed_TPD = self._routed(x, choice)
+        y_TD = self._down(self._gate_up.gated(x))[:, : routed_TPD.shape[2]]
+        return torch.cat([routed_TPD, y_TD[:, None].to(routed_TPD.dtype)], dim=1)

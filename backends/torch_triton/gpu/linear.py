@@ -1,31 +1,54 @@
-"""Linear layers on a GPU: FP8 weights with block scales, or BF16 ones.
+"""Linear layers on a GPU, and the norms before them, in every format of weights.
 
-Few rows run at the speed of memory (`kernels.fp8_linear`); many go to cuBLASLt where it takes these scales.
+Few rows run at the speed of memory (`kernels.few_rows`); many go to cuBLASLt where it takes the scales of FP8 blocks,
+or else through `kernels.grouped`, as a stack of one matrix.
 
 Shape letters: T tokens, N outputs, K inputs, P parts to be added.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import multiplies_blocks
-from ..kernels.chips import chip_of
-from ..kernels.fp8_linear import fp8_linear
+from ..kernels.few_rows import few_rows
+from ..kernels.grouped import one_matrix
+from ..kernels.int8 import quantise_rows
 from ..kernels.quant import GROUP, Codes, Normed, add_norm_quantise, quantise
+from ..kernels.weights import Fp8Weight, Weight
 from ..layers import gated
-from .matrices import Fp8Matrix
 
 Operand = Codes | Tensor  # activations: quantised or BF16
-LIBRARY_ROWS = 128  # from so many rows on cuBLASLt is faster than the kernel for few
+MANY_ROWS = 128  # from so many rows on the kernel for few is not the fastest
+
+
+class Form(NamedTuple):
+    """How activations go into a layer: as FP8 or INT8 codes, or in BF16. ``ue8m0``: FP8 scales are powers of two."""
+
+    codes: str | None = None
+    ue8m0: bool = False
+
+    def of(self, x: Operand) -> Operand:
+        """``x`` in this form, in which it may be already."""
+        if self.codes is None or isinstance(x, Codes):
+            return x
+        return quantise(x, self.ue8m0) if self.codes == "fp8" else quantise_rows(x)
+
+    def gated(self, gate_up: Tensor) -> Operand:
+        """silu(gate) * up of [gate | up] in this form."""
+        if self.codes is None:
+            return gated(gate_up)
+        return quantise(gate_up, self.ue8m0, gated=True) if self.codes == "fp8" else quantise_rows(gate_up, gated=True)
 
 
 class Linear(Protocol):
-    """y = x W^T without a bias."""
+    """y = x W^T without a bias. ``x``: in ``form``, or BF16."""
+
+    form: Form
 
     def __call__(self, x: Operand) -> Tensor:
         """BF16 [T, N]."""
@@ -35,6 +58,8 @@ class Linear(Protocol):
 
 
 class Bf16Linear:
+    form = Form()
+
     def __init__(self, weight_NK: Tensor):
         self._weight = weight_NK
 
@@ -46,39 +71,72 @@ class Bf16Linear:
         return gated(self(x))
 
 
-class Fp8Linear:
-    """``ue8m0``: scales of activations are powers of two, as this checkpoint was trained with."""
+class KernelLinear:
+    """A quantised matrix and the kernels of its format."""
 
-    def __init__(self, weight: Fp8Matrix, ue8m0: bool):
+    def __init__(self, weight: Weight, form: Form):
         self._weight = weight
-        self._ue8m0 = ue8m0
-        self._chip = chip_of(weight.codes.device)
+        self.form = form
+
+    def __call__(self, x: Operand) -> Tensor:
+        x = self.form.of(x)
+        return one_matrix(x, self._weight) if _rows(x) >= MANY_ROWS else few_rows(x, self._weight)
+
+    def gated(self, x: Operand) -> Operand:
+        x = self.form.of(x)
+        if _rows(x) >= MANY_ROWS:
+            return self.form.gated(one_matrix(x, self._weight))
+        return few_rows(x, self._weight, gated=True)
+
+
+class Fp8Linear:
+    """FP8 blocks, which cuBLASLt multiplies on some chips."""
+
+    def __init__(self, weight: Fp8Weight, form: Form):
+        self._weight = weight
+        self.form = form
         outputs, inputs = weight.codes.shape
         # cuBLASLt wants scales of four blocks at a time.
         whole = outputs % GROUP == 0 and inputs % (4 * GROUP) == 0
         self._in_library = whole and multiplies_blocks(weight.codes.device)
 
     def __call__(self, x: Operand) -> Tensor:
-        x = self._operand(x)
-        if self._in_library and isinstance(x, Codes) and _is_many(len(x.codes)):
+        x = self.form.of(x)
+        if self._in_library and isinstance(x, Codes) and _suits_library(len(x.codes)):
             return _library_product(x, self._weight)
-        return fp8_linear(x, *self._weight)
+        return few_rows(x, self._weight)
 
     def gated(self, x: Operand) -> Operand:
-        x = self._operand(x)
-        if self._in_library and isinstance(x, Codes) and _is_many(len(x.codes)):
-            return quantise(_library_product(x, self._weight), self._ue8m0, gated=True)
-        return fp8_linear(x, *self._weight, gated=True)
-
-    def _operand(self, x: Operand) -> Operand:
-        return quantise(x, self._ue8m0) if isinstance(x, Tensor) and self._chip.fp8_units else x
+        x = self.form.of(x)
+        if self._in_library and isinstance(x, Codes) and _suits_library(len(x.codes)):
+            return self.form.gated(_library_product(x, self._weight))
+        return few_rows(x, self._weight, gated=True)
 
 
-def _is_many(rows: int) -> bool:
-    return rows >= LIBRARY_ROWS and rows % 8 == 0
+class Beside:
+    """Layers with the same input that cannot be one: their outputs beside each other."""
+
+    def __init__(self, layers: list[Linear]):
+        self._layers = layers
+        forms = {layer.form for layer in layers}
+        self.form = forms.pop() if len(forms) == 1 else Form()
+
+    def __call__(self, x: Operand) -> Tensor:
+        return torch.cat([layer(x) for layer in self._layers], dim=1)
+
+    def gated(self, x: Operand) -> Operand:
+        return gated(self(x))
 
 
-def _library_product(x: Codes, weight: Fp8Matrix) -> Tensor:
+def _rows(x: Operand) -> int:
+    return len(x.codes if isinstance(x, Codes) else x)
+
+
+def _suits_library(rows: int) -> bool:
+    return rows >= MANY_ROWS and rows % 8 == 0
+
+
+def _library_product(x: Codes, weight: Fp8Weight) -> Tensor:
     return F.scaled_mm(
         x.codes,
         weight.codes.t(),
@@ -91,18 +149,18 @@ def _library_product(x: Codes, weight: Fp8Matrix) -> Tensor:
 
 
 class Norm:
-    """RMSNorm of residual + branch; the result in the forms that its readers want."""
+    """RMSNorm of residual + branch, in the form that its readers take; ``plain``: and in BF16."""
 
-    def __init__(self, weight: Tensor, eps: float, codes: bool, plain: bool, ue8m0: bool = False):
+    def __init__(self, weight: Tensor, eps: float, form: Form, plain: bool):
         self._weight = weight
         self._eps = eps
-        self._codes = codes
-        self._plain = plain or not codes
-        self._ue8m0 = ue8m0
+        self._form = form
+        self._plain = plain or form.codes is None
 
     def __call__(self, branch: Tensor, residual: Tensor | None = None) -> Normed:
         """``branch``: [T, K] or parts [T, P, K]. The sum that was normed is the result's ``residual``."""
-        normed = add_norm_quantise(branch, residual, self._weight, self._eps, self._plain, self._codes, self._ue8m0)
+        form = self._form
+        normed = add_norm_quantise(branch, residual, self._weight, self._eps, self._plain, form.codes, form.ue8m0)
         return normed if normed.residual is not None else normed._replace(residual=branch)
 
 

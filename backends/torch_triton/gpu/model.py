@@ -143,10 +143,11 @@ class Block:
         self._ranks = loader.source.mesh.tp
         prefix, eps = f"model.layers.{layer}", loader.spec.rms_norm_eps
         is_moe = loader.spec.is_moe(layer)
-        self._input_norm = loader.norm(f"{prefix}.input_layernorm.weight", eps)
-        self._attention = Attention(loader.spec, loader.projections(f"{prefix}.self_attn"), rope)
-        self._mlp_norm = loader.norm(f"{prefix}.post_attention_layernorm.weight", eps, plain=is_moe)
+        projections = loader.projections(f"{prefix}.self_attn")
+        self._input_norm = loader.norm(f"{prefix}.input_layernorm.weight", eps, projections.qkv_a.form)
+        self._attention = Attention(loader.spec, projections, rope)
         self.mlp = MoE(loader, f"{prefix}.mlp", room) if is_moe else SwiGLU(loader, f"{prefix}.mlp")
+        self._mlp_norm = loader.norm(f"{prefix}.post_attention_layernorm.weight", eps, self.mlp.form, plain=is_moe)
 
     def __call__(self, stream: Stream, step: Step, cache_CZE: Tensor) -> Stream:
         normed = self._input_norm(*stream)
@@ -168,6 +169,7 @@ class SwiGLU:
     def __init__(self, loader: Loader, prefix: str):
         self._hidden = loader.spec.hidden_size
         self._gate_up, self._down = loader.swiglu(prefix)
+        self.form = self._gate_up.form
 
     def __call__(self, normed: Normed) -> Tensor:
         y_TN = self._down(self._gate_up.gated(operand(normed)))
@@ -185,10 +187,10 @@ class MoE:
         bias = f"{prefix}.gate.e_score_correction_bias"
         self._bias_E = source.plain(bias, torch.float32) if spec.has_router_bias else None
         self._experts = loader.experts(prefix)
-        self._held, self._shared = loader.experts_held, loader.shared_pieces
+        self.form = self._experts.form
+        self._held, self._shared = loader.experts_held, self._experts.shared
         self._is_part = loader.has_foreign
         self._replicas = source.mesh.dp
-        self._operand = loader.operand
 
     def __call__(self, normed: Normed) -> Tensor:
         """FP32 [T, P, D], to be added; BF16 [T, D] of replicas, whose tokens meet here."""
@@ -197,7 +199,7 @@ class MoE:
             return self._experts(operand(normed), self._choose(x_TD))
         counts = [len(x_TD)] * replicas.size
         x_SD = replicas.below(x_TD, counts)
-        y_SPD = self._experts(self._operand(x_SD), self._choose(x_SD))
+        y_SPD = self._experts(x_SD, self._choose(x_SD))
         return replicas.own_total(y_SPD.sum(1, dtype=torch.float32).bfloat16(), counts)
 
     def _choose(self, x_SD: Tensor) -> Choice:

@@ -62,7 +62,7 @@ class GpuRunner:
         self._has_mtp = source.has_mtp
         layers = len(stage_layers(spec, self._mesh.grid, self._mesh.pp.index))
         layers += spec.num_nextn_predict_layers if source.has_mtp and self._mesh.is_last_stage else 0
-        loader = Loader(spec, source, fp8=self.dtype == "fp8")
+        loader = Loader(spec, source, self.dtype)
         tokens = max(run.engine.max_batch_tokens, 8 * run.engine.max_batch)
         self._model: Model | None = Model(loader, run.engine.max_seq_len, tokens)
         self._replica_blocks = self._rank.least(blocks_that_fit(spec, run, self.kv_dtype, layers, self._device))

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ....models.sharding import shards
+from ....models.sharding import Range, shards
 from ....models.spec import ModelSpec
 from ...base import Weights
+from ..kernels.weights import Fp8Weight, Int4Weight, Int8Weight
 from ..parallel import ALONE, Mesh
 from ..weights import TensorSource
-from .matrices import Fp8Matrix, of_e4m3fn, quantise_blocks
+from .int4 import int4_weight, quantise_groups
+from .matrices import of_e4m3fn, quantise_blocks, quantise_channels, quantise_int8_blocks
+
+
+class Window(NamedTuple):
+    """Rows and columns of this rank's part of a matrix; None is all of them."""
+
+    rows: Range | None = None
+    cols: Range | None = None
+
+
+WHOLE = Window()
+
+# How weights of stored formats (`convert.storage.Stored.format`) are held; others are held in BF16.
+_HELD_AS = {
+    "fp8_block": "fp8", "fp8_block_fnuz": "fp8", "int8_block": "w8a8", "int8_channel": "w8a8", "ascend_static": "w8a8",
+    "gptq": "int4", "awq": "int4", "ct_int4": "int4",
+}  # fmt: skip
 
 
 class DeviceTensors(Protocol):
-    """The parameters of a spec on a device: what this rank of ``mesh`` holds of them. Canonical names."""
+    """The parameters of a spec on a device: what this rank of ``mesh`` holds of them. Canonical names.
+
+    The quantised forms are as stored if a weight is stored so and the window cuts nothing, else made here.
+    """
 
     device: torch.device
     mesh: Mesh
@@ -28,11 +51,23 @@ class DeviceTensors(Protocol):
     def first_row(self, name: str) -> int:
         """Where this rank's rows of a parameter begin."""
 
-    def plain(self, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of this rank's part of a parameter."""
+
+    def held_as(self, name: str, dtype: str) -> str:
+        """The format in which a run of ``dtype`` holds a weight: bf16, fp8, w8a8 or int4."""
+
+    def plain(self, name: str, dtype: torch.dtype = torch.bfloat16, window: Window = WHOLE) -> Tensor:
         """The values, in ``dtype``: BF16 or FP32."""
 
-    def fp8(self, name: str) -> Fp8Matrix:
-        """A linear weight as FP8 blocks: as stored if it is stored so, else quantised here."""
+    def fp8(self, name: str, window: Window = WHOLE) -> Fp8Weight:
+        """A linear weight as FP8 blocks."""
+
+    def int8(self, name: str, window: Window = WHOLE) -> Int8Weight:
+        """As INT8, with scales of channels or, if it is stored so, of blocks."""
+
+    def int4(self, name: str, window: Window = WHOLE) -> Int4Weight:
+        """As INT4 in groups."""
 
 
 class StoredTensors:
@@ -47,16 +82,57 @@ class StoredTensors:
     def first_row(self, name: str) -> int:
         return self._source.first_row(name)
 
-    def plain(self, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return self._source.read(name, dtype).to(self.device)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shard(name).shape
 
-    def fp8(self, name: str) -> Fp8Matrix:
-        shard = self._source.shard(name)
-        stored = self._weights.fp8_blocks(name, shard.rows, shard.cols)
+    def held_as(self, name: str, dtype: str) -> str:
+        return self._formats[name] if dtype in self._formats_there else dtype
+
+    @cached_property
+    def _formats_there(self) -> set[str]:
+        return set(self._formats.values())
+
+    @cached_property
+    def _formats(self) -> dict[str, str]:
+        weights = self._weights
+        return {name: _HELD_AS.get(weights.format(name), "bf16") for name in weights.names()}
+
+    def plain(self, name: str, dtype: torch.dtype = torch.bfloat16, window: Window = WHOLE) -> Tensor:
+        return _windowed(self._source.read(name, dtype), window).to(self.device)
+
+    def fp8(self, name: str, window: Window = WHOLE) -> Fp8Weight:
+        stored = self._weights.fp8_blocks(name, *self._of_weight(name, window))
         if stored is None:
-            return quantise_blocks(self.plain(name, torch.float32))
-        codes_NK, scales_RC = (torch.from_numpy(np.require(part, requirements=["C", "W"])) for part in stored)
-        return of_e4m3fn(codes_NK.to(self.device).view(torch.float8_e4m3fn), scales_RC.to(self.device))
+            return quantise_blocks(self.plain(name, torch.float32, window))
+        codes_NK, scales_RC = self._tensors(stored)
+        return of_e4m3fn(codes_NK.view(torch.float8_e4m3fn), scales_RC)
+
+    def int8(self, name: str, window: Window = WHOLE) -> Int8Weight:
+        of_weight = self._of_weight(name, window)
+        if self._weights.format(name) == "int8_block":
+            blocks = self._weights.int8_blocks(name, *of_weight)
+            if blocks is None:
+                return quantise_int8_blocks(self.plain(name, torch.float32, window))
+            return Int8Weight(*self._tensors(blocks))
+        channels = self._weights.int8_channels(name, *of_weight)
+        if channels is None:
+            return quantise_channels(self.plain(name, torch.float32, window))
+        return Int8Weight(*self._tensors(channels))
+
+    def int4(self, name: str, window: Window = WHOLE) -> Int4Weight:
+        stored = self._weights.int4(name, *self._of_weight(name, window))
+        if stored is None:
+            return quantise_groups(self.plain(name, torch.float32, window))
+        return int4_weight(name, stored, self.device)
+
+    def _of_weight(self, name: str, window: Window) -> Window:
+        """The window of this rank's part as one of the whole weight."""
+        shard = self._source.shard(name)
+        return Window(*(_inside(part, cut) for part, cut in zip((shard.rows, shard.cols), window, strict=True)))
+
+    def _tensors(self, arrays: tuple[NDArray, NDArray]) -> tuple[Tensor, Tensor]:
+        codes, scales = (torch.from_numpy(np.require(part, requirements=["C", "W"])) for part in arrays)
+        return codes.to(self.device), scales.to(self.device)
 
 
 class DrawnTensors:
@@ -72,7 +148,13 @@ class DrawnTensors:
         rows = self._shards[name].rows
         return rows[0] if rows else 0
 
-    def plain(self, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shards[name].shape
+
+    def held_as(self, name: str, dtype: str) -> str:
+        return dtype
+
+    def plain(self, name: str, dtype: torch.dtype = torch.bfloat16, window: Window = WHOLE) -> Tensor:
         """Linear weights and tables of deviation 1 / sqrt(in), norms near 1, router biases near 0."""
         shard = self._shards[name]
         param = shard.param
@@ -80,9 +162,29 @@ class DrawnTensors:
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:7], "little"))
         values = torch.randn(param.shape, generator=generator, dtype=dtype, device=self.device)
         if len(param.shape) == 2:
-            rows, cols = (slice(*cut) if cut else slice(None) for cut in (shard.rows, shard.cols))
-            return values.mul_(1 / math.sqrt(param.shape[1]))[rows, cols].contiguous()
+            part = _windowed(values.mul_(1 / math.sqrt(param.shape[1])), Window(shard.rows, shard.cols))
+            return _windowed(part, window).contiguous()
         return values.mul_(0.1).add_(1) if name.endswith("norm.weight") else values.mul_(0.05)
 
-    def fp8(self, name: str) -> Fp8Matrix:
-        return quantise_blocks(self.plain(name))
+    def fp8(self, name: str, window: Window = WHOLE) -> Fp8Weight:
+        return quantise_blocks(self.plain(name, window=window))
+
+    def int8(self, name: str, window: Window = WHOLE) -> Int8Weight:
+        return quantise_channels(self.plain(name, window=window))
+
+    def int4(self, name: str, window: Window = WHOLE) -> Int4Weight:
+        return quantise_groups(self.plain(name, window=window))
+
+
+def _windowed(values: Tensor, window: Window) -> Tensor:
+    if window == WHOLE:
+        return values
+    rows, cols = (slice(*cut) if cut else slice(None) for cut in window)
+    return values[rows, cols]
+
+
+def _inside(part: Range | None, cut: Range | None) -> Range | None:
+    """A range of a part, as one of the whole."""
+    if part is None or cut is None:
+        return part or cut
+    return part[0] + cut[0], part[0] + cut[1]

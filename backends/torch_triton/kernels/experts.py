@@ -20,17 +20,15 @@ import triton.language as tl
 
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, options
-from .fp8_linear import dequantise_weight
 from .quant import GROUP, Codes, dequantise
+from .weights import Weight, arguments, block_of, check_weight, dequantise_weight, inputs_of, matrix_of
 
 
 class Stack(NamedTuple):
-    """FP8 weights of all experts. Rows of ``gate_up`` are gate's, then up's."""
+    """Weights of all experts. Rows of ``gate_up`` are gate's, then up's."""
 
-    gate_up: torch.Tensor  # [E, 2 I, D]
-    gate_up_scales: torch.Tensor  # [E, 2 I / 128, D / 128] float32
-    down: torch.Tensor  # [E, D, I]
-    down_scales: torch.Tensor  # [E, D / 128, I / 128] float32
+    gate_up: Weight  # [E, 2 I, D]
+    down: Weight  # [E, D, I]
 
 
 class Tiles(NamedTuple):
@@ -80,8 +78,9 @@ def _group(
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
     expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
-    out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    order_ptr, out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router."""
     pdl.wait(PDL)
@@ -99,11 +98,13 @@ def _rows(
     valid_M = slot_M < tl.load(rows_ptr + tile)
     pair_M = tl.load(pair_ptr + tile * BLOCK_M + slot_M, mask=valid_M, other=0)
     x_row_M = pair_M // P if GATED else pair_M
+    if order_ptr is not None:
+        order_ptr += expert * (tl.cdiv(K, BLOCK_K) * BLOCK_K)
     out_JM = tiles.rows_product(
-        tl.zeros((j_J.shape[0], BLOCK_M), tl.float32), x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr,
-        x_scales_row_stride, x_scales_stride, w_ptr + expert * w_stride_e, row_J, w_stride,
-        scales_ptr + expert * scales_stride_e, (matrix_J + n) // 128, scales_stride, 0, tl.cdiv(K, 128), K,
-        QUANTISED, EVEN_K, STAGES,
+        x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
+        w_ptr + expert * w_stride_e, row_J, w_stride, scales_ptr + expert * scales_stride_e, (matrix_J + n) // 128,
+        scales_stride, order_ptr, 0, tl.cdiv(K, BLOCK_K), K, KIND, BLOCK_K, QUANTISED, EVEN_K, INSTRUCTION,
+        STAGES,
     )  # fmt: skip
     if GATED:
         gate_NM, up_NM = tl.split(tl.permute(tl.reshape(out_JM, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
@@ -123,8 +124,22 @@ class Config(NamedTuple):
     warps: int = 4
 
 
-def choose(tokens: int, chip: Chip) -> Config:
-    """One token: tiles that all run at once. More: so many tiles that deep pipelines count instead."""
+def choose(tokens: int, chip: Chip, block: int = GROUP) -> Config:
+    """One token: tiles that all run at once. More: so many tiles that deep pipelines count instead.
+
+    ``block``: columns of a step, pairs of groups in INT4, whose tiles are not swept yet: three programs to a processor
+    for one token, and two for more.
+    """
+    if block == GROUP:
+        return _choose(tokens, chip)
+    room = chip.shared_memory // (3 if tokens == 1 else 2)
+    rows = (64, 64) if chip.shared_memory < 160 << 10 else (128, 128)
+    block_m = 16 if tokens <= 128 else 32
+    gate_up, down = (max(2, min(8, room // tiles.int4_stage(count, block_m, block))) for count in rows)
+    return Config(block_m, rows[0] // 2, gate_up, rows[1], down)
+
+
+def _choose(tokens: int, chip: Chip) -> Config:
     if chip.shared_memory < 160 << 10:
         return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
     if tokens == 1:
@@ -139,19 +154,17 @@ def gate_up(
 ) -> torch.Tensor:
     """silu(gate x) * (up x) of every pair, BF16 [T P, I]; rows of pairs whose expert is not in the stack are undefined.
 
-    ``x``: codes, or BF16 [T, D] (always so on a chip without FP8 units).
+    ``x``: codes, or BF16 [T, D], as `few_rows` takes them.
     """
     values_TD = x.codes if isinstance(x, Codes) else x
     tokens = len(values_TD)
     check(ids_TP.shape[0] == tokens, f"choices {tuple(ids_TP.shape)} of {tokens} tokens", "gate_up")
-    check(stack.gate_up.shape[1] % (2 * GROUP) == 0, "an expert's width must be whole blocks", "gate_up")
-    config = config or choose(tokens, chip_of(values_TD.device))
-    width = stack.gate_up.shape[1] // 2
+    check(stack.gate_up.codes.shape[1] % (2 * GROUP) == 0, "an expert's width must be whole blocks", "gate_up")
+    config = config or choose(tokens, chip_of(values_TD.device), block_of(stack.gate_up))
+    width = stack.gate_up.codes.shape[1] // 2
     out = torch.empty(ids_TP.numel(), width, dtype=torch.bfloat16, device=values_TD.device)
-    weights = stack.gate_up, stack.gate_up_scales
-    _launch(
-        "gate_up", x, None, pairs, weights, out, ids_TP.shape[1], config.gate_up_block_n, config.gate_up_stages, config
-    )
+    block_n, stages = config.gate_up_block_n, config.gate_up_stages
+    _launch("gate_up", x, None, pairs, stack.gate_up, out, ids_TP.shape[1], block_n, stages, config)
     return out
 
 
@@ -173,33 +186,29 @@ def down(
     check(len(values) == ids_TP.numel() and values.is_contiguous(), f"activations {tuple(values.shape)}", "down")
     fits = weights_TP.shape == ids_TP.shape and weights_TP.is_contiguous()
     check(fits and weights_TP.dtype == torch.float32, f"weights {tuple(weights_TP.shape)}", "down")
-    config = config or choose(tokens, chip_of(values.device))
+    config = config or choose(tokens, chip_of(values.device), block_of(stack.down))
     room = torch.zeros if foreign else torch.empty
-    out = room(tokens, choices, stack.down.shape[1], dtype=torch.float32, device=values.device)
-    weights = stack.down, stack.down_scales
-    _launch("down", h, weights_TP, pairs, weights, out, choices, config.down_block_n, config.down_stages, config)
+    out = room(tokens, choices, stack.down.codes.shape[1], dtype=torch.float32, device=values.device)
+    block_n, stages = config.down_block_n, config.down_stages
+    _launch("down", h, weights_TP, pairs, stack.down, out, choices, block_n, stages, config)
     return out
 
 
 def _launch(
-    name: str, x: Codes | torch.Tensor, weights_TP: torch.Tensor | None, pairs: Tiles,
-    weights: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, choices: int, block_n: int, stages: int,
-    config: Config,
+    name: str, x: Codes | torch.Tensor, weights_TP: torch.Tensor | None, pairs: Tiles, weight: Weight,
+    out: torch.Tensor, choices: int, block_n: int, stages: int, config: Config,
 ) -> None:  # fmt: skip
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
-    w, scales = weights
-    _check(name, values, w, scales, chip)
+    check_weight(weight, values, chip, name)
     check(pairs.pair_UM.shape[1] == config.block_m, f"tiles of {pairs.pair_UM.shape[1]} pairs", name)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
-    experts, _, inputs = w.shape
     outputs = out.shape[-1]
-    codes = w if chip.fp8_units else w.view(torch.uint8)
+    pointers, constants = arguments(weight, chip)
     _rows[(triton.cdiv(outputs, block_n), len(pairs.expert_U))](
-        values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, codes, *codes.stride()[:2], scales,
-        *scales.stride()[:2], out, experts, outputs, inputs, choices, BLOCK_M=config.block_m, BLOCK_N=block_n,
-        STAGES=stages, GATED=weights_TP is None,
-        QUANTISED=isinstance(x, Codes), EVEN_K=inputs % GROUP == 0, PDL=chip.dependent_launch,
+        values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, len(weight.codes),
+        outputs, inputs_of(weight), choices, BLOCK_M=config.block_m, BLOCK_N=block_n, STAGES=stages,
+        GATED=weights_TP is None, QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants,
         **options(chip, config.warps),
     )  # fmt: skip
 
@@ -240,24 +249,12 @@ def group(ids_TP: torch.Tensor, experts: int, config: Config | None = None) -> T
     return out
 
 
-def _check(name: str, x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, chip: Chip) -> None:
-    blocks = (w.shape[0], *(triton.cdiv(size, GROUP) for size in w.shape[1:]))
-    check(x.shape[1] == w.shape[2], f"activations {tuple(x.shape)} for experts {tuple(w.shape)}", name)
-    check(x.stride(1) == 1 and w.stride(2) == 1, "channels must be contiguous", name)
-    check(w.dtype == chip.fp8, f"experts in {w.dtype}", name)
-    check(x.dtype in (chip.fp8, torch.bfloat16), f"activations in {x.dtype}", name)
-    check(chip.fp8_units or x.dtype == torch.bfloat16, f"{chip.name} takes BF16 activations", name)
-    fits = tuple(scales.shape) == blocks and scales.stride(2) == 1 and scales.dtype == torch.float32
-    check(fits, f"scales {tuple(scales.shape)} for blocks {blocks}", name)
-
-
 def gate_up_eager(x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack) -> torch.Tensor:
     """The twin of `gate_up`, FP32; zero for pairs whose expert is not in the stack."""
     x_TD = dequantise(x) if isinstance(x, Codes) else x.float()
-    out = x_TD.new_zeros(*ids_TP.shape, stack.gate_up.shape[1] // 2)
-    for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.gate_up))).nonzero().tolist():
-        e = int(ids_TP[t, p])
-        gate, up = (dequantise_weight(stack.gate_up[e], stack.gate_up_scales[e]) @ x_TD[t]).chunk(2)
+    out = x_TD.new_zeros(*ids_TP.shape, stack.gate_up.codes.shape[1] // 2)
+    for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.gate_up.codes))).nonzero().tolist():
+        gate, up = (dequantise_weight(matrix_of(stack.gate_up, int(ids_TP[t, p]))) @ x_TD[t]).chunk(2)
         out[t, p] = torch.nn.functional.silu(gate) * up
     return out.flatten(0, 1)
 
@@ -265,8 +262,8 @@ def gate_up_eager(x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack) -
 def down_eager(h: Codes | torch.Tensor, ids_TP: torch.Tensor, weights_TP: torch.Tensor, stack: Stack) -> torch.Tensor:
     """The twin of `down`, FP32 [T, P, D]."""
     h_TPI = (dequantise(h) if isinstance(h, Codes) else h.float()).view(*ids_TP.shape, -1)
-    out = h_TPI.new_zeros(*ids_TP.shape, stack.down.shape[1])
-    for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.down))).nonzero().tolist():
-        e = int(ids_TP[t, p])
-        out[t, p] = weights_TP[t, p] * (dequantise_weight(stack.down[e], stack.down_scales[e]) @ h_TPI[t, p])
+    out = h_TPI.new_zeros(*ids_TP.shape, stack.down.codes.shape[1])
+    for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.down.codes))).nonzero().tolist():
+        weight = dequantise_weight(matrix_of(stack.down, int(ids_TP[t, p])))
+        out[t, p] = weights_TP[t, p] * (weight @ h_TPI[t, p])
     return out

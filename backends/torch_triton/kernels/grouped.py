@@ -2,7 +2,7 @@
 
 Tokens are the tall side of a tile, unlike in `experts`, whose tiles are for the few pairs of decoding. Pairs of a token
 and its choice lie in memory sorted by expert: gathering rows inside the products costs more than copying them first.
-Gate and up are one product here; `quant.quantise` joins their halves.
+Gate and up are one product here; what quantises their result joins the halves. A dense layer is a group of its own.
 
 Shape letters: T tokens, P choices of a token, R = T P pairs, E experts, N outputs, K inputs, U tiles of pairs of one
 expert, M pairs of a tile, J weight rows of a tile, X 128 channels. Every sum has a fixed order.
@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import e4m3, pdl
+from . import e4m3, int4, pdl
 from .chips import Chip, check, chip_of, options
-from .fp8_linear import dequantise_weight
 from .quant import GROUP, Codes, dequantise
+from .weights import Weight, arguments, block_of, check_weight, dequantise_weight, matrix_of
 
 
 class Sorted(NamedTuple):
@@ -59,49 +59,112 @@ def gather(x: Codes | torch.Tensor, pairs: Sorted, choices: int) -> Codes | torc
 @triton.jit(do_not_specialize=["x_scales_stride", "R"])
 def _grouped(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, factors_ptr, pair_ptr, expert_ptr, start_ptr,
-    rows_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride, out_ptr, R, E, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SCATTER: tl.constexpr,
-    QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    rows_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride, order_ptr, out_ptr, R, E,
+    N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SCATTER: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of N, tiles of pairs. SCATTER: results are multiplied by factors and stored where pairs were."""
+    """Grid: tiles of N, tiles of pairs. SCATTER: results are multiplied by factors and stored where pairs were.
+
+    Without a tensor of experts all rows are one matrix's.
+    """
     pdl.wait(PDL)
     pdl.release(PDL)
     tile = tl.program_id(1)
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    if (expert < 0) | (expert >= E):
-        return
+    if expert_ptr is None:
+        expert = tl.full((), 0, tl.int64)
+        start = tile * BLOCK_M
+        end = tl.minimum(start + BLOCK_M, R)
+    else:
+        expert = tl.load(expert_ptr + tile).to(tl.int64)
+        if (expert < 0) | (expert >= E):
+            return
+        start = tl.load(start_ptr + tile)
+        end = start + tl.load(rows_ptr + tile)
     n = tl.program_id(0) * BLOCK_N
     n_J = n + tl.arange(0, BLOCK_N)
-    start = tl.load(start_ptr + tile)
-    end = start + tl.load(rows_ptr + tile)
     # Consecutive rows, also past the tile's own: a third faster than loads with a mask or a limit for each row.
     row_M = tl.minimum(start, R - BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
-    x_X = tl.arange(0, 128)
-    x_ptrs_MX = x_ptr + (row_M * x_stride)[:, None] + x_X[None, :]
+    x_ptr_M = x_ptr + row_M * x_stride
     w_row_J = tl.minimum(n_J, N - 1).to(tl.int64)
-    w_ptrs_JX = w_ptr + expert * w_stride_e + (w_row_J * w_stride)[:, None] + x_X[None, :]
-    x_scale_ptrs_M = x_scales_ptr + row_M * x_scales_row_stride if QUANTISED else x_scales_ptr
-    scale_ptr = scales_ptr + expert * scales_stride_e + n // 128 * scales_stride
-    acc_MJ = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
-        if EVEN_K:
-            x_MX = tl.load(x_ptrs_MX + block * 128)
-            w_JX = tl.load(w_ptrs_JX + block * 128)
-        else:
-            inside_X = block * 128 + x_X < K
-            x_MX = tl.load(x_ptrs_MX + block * 128, mask=tl.broadcast_to(inside_X[None, :], x_ptrs_MX.shape), other=0.0)
-            w_JX = tl.load(w_ptrs_JX + block * 128, mask=tl.broadcast_to(inside_X[None, :], w_ptrs_JX.shape), other=0.0)
-        scale = tl.load(scale_ptr + block)
-        if QUANTISED:
-            x_scale_M = tl.load(x_scale_ptrs_M + block * x_scales_stride)
-            acc_MJ += tl.dot(x_MX, tl.trans(w_JX)) * (x_scale_M * scale)[:, None]
-        else:
-            acc_MJ += tl.dot(x_MX, tl.trans(e4m3.decode(w_JX).to(tl.bfloat16))) * scale
+    w_ptr_J = w_ptr + expert * w_stride_e + w_row_J * w_stride
+    scales_ptr += expert * scales_stride_e
+    if KIND == "int4":
+        if order_ptr is not None:
+            order_ptr += expert * (tl.cdiv(K, BLOCK_K) * BLOCK_K)
+        acc_MJ = _int4_product(
+            x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, BLOCK_K // 2, EVEN_K, INSTRUCTION,
+            STAGES,
+        )  # fmt: skip
+    elif KIND == "int8":
+        sum_MJ = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+            x_MX, w_JX = _block(x_ptr_M, w_ptr_J, block, K, EVEN_K)
+            sum_MJ = tl.dot(x_MX, tl.trans(w_JX), sum_MJ, out_dtype=tl.int32)
+        acc_MJ = sum_MJ.to(tl.float32) * tl.load(scales_ptr + w_row_J)[None, :]
+    else:
+        scales_ptr += n // 128 * scales_stride
+        x_scale_ptrs_M = x_scales_ptr + row_M * x_scales_row_stride if QUANTISED else x_scales_ptr
+        acc_MJ = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+            x_MX, w_JX = _block(x_ptr_M, w_ptr_J, block, K, EVEN_K)
+            scale = tl.load(scales_ptr + block)
+            if KIND == "int8 blocks":
+                acc_MJ += tl.dot(x_MX, tl.trans(w_JX), out_dtype=tl.int32).to(tl.float32) * scale
+            elif QUANTISED:
+                x_scale_M = tl.load(x_scale_ptrs_M + block * x_scales_stride)
+                acc_MJ += tl.dot(x_MX, tl.trans(w_JX)) * (x_scale_M * scale)[:, None]
+            else:
+                acc_MJ += tl.dot(x_MX, tl.trans(e4m3.decode(w_JX).to(tl.bfloat16))) * scale
+    if KIND == "int8" or KIND == "int8 blocks":
+        acc_MJ *= tl.load(x_scales_ptr + row_M * x_scales_row_stride)[:, None]
     own_M = (row_M >= start) & (row_M < end)
     if SCATTER:
         row_M = tl.load(pair_ptr + row_M).to(tl.int64)
         acc_MJ *= tl.load(factors_ptr + row_M)[:, None]
     tl.store(out_ptr + (row_M * N)[:, None] + n_J[None, :], acc_MJ, mask=own_M[:, None] & (n_J < N)[None, :])
+
+
+@triton.jit
+def _block(x_ptr_M, w_ptr_J, block, K, EVEN_K: tl.constexpr):
+    """Tiles of activations and weights of 128 channels."""
+    k_X = block * 128 + tl.arange(0, 128)
+    x_ptrs_MX = x_ptr_M[:, None] + k_X[None, :]
+    w_ptrs_JX = w_ptr_J[:, None] + k_X[None, :]
+    if EVEN_K:
+        x_MX = tl.load(x_ptrs_MX)
+        w_JX = tl.load(w_ptrs_JX)
+    else:
+        x_MX = tl.load(x_ptrs_MX, mask=tl.broadcast_to((k_X < K)[None, :], x_ptrs_MX.shape), other=0.0)
+        w_JX = tl.load(w_ptrs_JX, mask=tl.broadcast_to((k_X < K)[None, :], w_ptrs_JX.shape), other=0.0)
+    return x_MX, w_JX
+
+
+@triton.jit
+def _int4_product(
+    x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[M, J]. Weights are the left operand: what is computed in registers goes from there to Hopper's matrix units."""
+    x_X = tl.arange(0, GROUP)
+    acc_JM = tl.zeros((w_ptr_J.shape[0], x_ptr_M.shape[0]), tl.float32)
+    for pair in tl.range(0, tl.cdiv(K, 2 * GROUP), num_stages=STAGES):
+        bytes_JX = tl.load(w_ptr_J[:, None] + (pair * GROUP + x_X)[None, :])
+        word_ptrs_J = scales_ptr + 2 * pair * scales_stride + w_row_J
+        low_scale_J, low_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J))
+        high_scale_J, high_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J + scales_stride))
+        halves = int4.decode(bytes_JX, low_zero_J, high_zero_J, INSTRUCTION)
+        for half in tl.static_range(2):
+            k_X = (2 * pair + half) * GROUP + x_X
+            from_X = k_X if order_ptr is None else tl.load(order_ptr + k_X)
+            x_ptrs_MX = x_ptr_M[:, None] + from_X[None, :]
+            if EVEN_K:
+                x_MX = tl.load(x_ptrs_MX)
+            else:
+                x_MX = tl.load(x_ptrs_MX, mask=tl.broadcast_to((k_X < K)[None, :], x_ptrs_MX.shape), other=0.0)
+            scale_J = high_scale_J if half else low_scale_J
+            acc_JM += tl.dot(halves[half], tl.trans(x_MX)) * scale_J[:, None]
+    return tl.trans(acc_JM)
 
 
 class Config(NamedTuple):
@@ -111,8 +174,13 @@ class Config(NamedTuple):
     stages: int
 
 
-def choose(chip: Chip) -> Config:
-    """Tiles small enough that three programs share a processor: one multiplies while others add up or wait."""
+def choose(chip: Chip, block: int = GROUP) -> Config:
+    """Tiles small enough that three programs share a processor: one multiplies while others add up or wait.
+
+    ``block``: columns of a step, of which twice as many BF16 activations are to be kept where they are not `GROUP`.
+    """
+    if block != GROUP:
+        return Config(64, 64, 4, 2) if chip.shared_memory < 160 << 10 else Config(64, 128, 8, 2)
     if chip.shared_memory < 160 << 10:
         return Config(64, 64, 4, 2)
     return Config(64, 128, 4, 3)
@@ -120,8 +188,7 @@ def choose(chip: Chip) -> Config:
 
 def grouped(
     x: Codes | torch.Tensor,
-    weights_ENK: torch.Tensor,
-    scales_ERC: torch.Tensor,
+    weight: Weight,
     pairs: Sorted,
     factors_TP: torch.Tensor | None = None,
     foreign: bool = False,
@@ -129,56 +196,65 @@ def grouped(
 ) -> torch.Tensor:
     """Each row of x [R, K], of sorted pairs, times its expert's matrix: BF16 [R, N].
 
-    ``x``: codes, or BF16 (always so on a chip without FP8 units). With ``factors_TP`` each result is multiplied by its
+    ``x``: codes or BF16, as `few_rows` takes them. With ``factors_TP`` each result is multiplied by its
     pair's factor and lies where the pair was before sorting. Rows of pairs in no tile are zero if ``foreign``
     says that there may be some, and undefined otherwise.
     """
-    name = "grouped"
+    name, rows = "grouped", _rows(x)
+    check(rows == len(pairs.pair_R), f"{rows} rows for {len(pairs.pair_R)} pairs", name)
+    if factors_TP is not None:
+        fits = factors_TP.is_contiguous() and factors_TP.numel() == rows and factors_TP.dtype == torch.float32
+        check(fits, f"factors {tuple(factors_TP.shape)}", name)
+    return _launch(name, x, weight, pairs, factors_TP, foreign, config)
+
+
+def one_matrix(x: Codes | torch.Tensor, weight: Weight, config: Config | None = None) -> torch.Tensor:
+    """Many rows x [R, K] times one matrix: BF16 [R, N]."""
+    return _launch("one_matrix", x, weight, None, None, False, config)
+
+
+def _rows(x: Codes | torch.Tensor) -> int:
+    return len(x.codes if isinstance(x, Codes) else x)
+
+
+def _launch(
+    name: str, x: Codes | torch.Tensor, weight: Weight, pairs: Sorted | None, factors_TP: torch.Tensor | None,
+    foreign: bool, config: Config | None,
+) -> torch.Tensor:  # fmt: skip
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
-    experts, outputs, inputs = weights_ENK.shape
-    config = config or choose(chip)
-    blocks = (experts, triton.cdiv(outputs, GROUP), triton.cdiv(inputs, GROUP))
-    check(values.shape == (len(pairs.pair_R), inputs), f"x {tuple(values.shape)} for {tuple(weights_ENK.shape)}", name)
-    check(len(values) >= config.block_m, f"{len(values)} pairs are less than a tile", name)
-    check(values.stride(1) == 1 and weights_ENK.stride(2) == 1, "channels must be contiguous", name)
-    check(weights_ENK.dtype == chip.fp8, f"experts in {weights_ENK.dtype}", name)
-    check(values.dtype == (chip.fp8 if isinstance(x, Codes) else torch.bfloat16), f"x in {values.dtype}", name)
-    check(chip.fp8_units or not isinstance(x, Codes), f"{chip.name} takes BF16 activations", name)
-    fits = tuple(scales_ERC.shape) == blocks and scales_ERC.stride(2) == 1 and scales_ERC.dtype == torch.float32
-    check(fits, f"scales {tuple(scales_ERC.shape)} for blocks {blocks}", name)
-    if factors_TP is not None:
-        fits = factors_TP.is_contiguous() and factors_TP.numel() == len(values) and factors_TP.dtype == torch.float32
-        check(fits, f"factors {tuple(factors_TP.shape)}", name)
+    outputs = weight.codes.shape[-2]
+    config = config or choose(chip, block_of(weight))
+    check_weight(weight, values, chip, name)
+    check(len(values) >= config.block_m, f"{len(values)} rows are less than a tile", name)
     room = torch.zeros if foreign else torch.empty
     out = room(len(values), outputs, dtype=torch.bfloat16, device=values.device)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
-    codes = weights_ENK if chip.fp8_units else weights_ENK.view(torch.uint8)
-    _grouped[(triton.cdiv(outputs, config.block_n), len(pairs.expert_U))](
-        values, values.stride(0), x_scales, *x_scales_strides, factors_TP, *pairs, codes, *codes.stride()[:2],
-        scales_ERC, *scales_ERC.stride()[:2], out, len(values), experts, outputs, inputs, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, STAGES=config.stages, SCATTER=factors_TP is not None,
-        QUANTISED=isinstance(x, Codes), EVEN_K=inputs % GROUP == 0, PDL=chip.dependent_launch,
-        **options(chip, config.warps),
+    tiles = triton.cdiv(len(values), config.block_m) if pairs is None else len(pairs.expert_U)
+    pointers, constants = arguments(weight, chip)
+    _grouped[(triton.cdiv(outputs, config.block_n), tiles)](
+        values, values.stride(0), x_scales, *x_scales_strides, factors_TP, *(pairs or (None,) * 4), *pointers, out,
+        len(values), len(weight.codes), outputs, values.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        STAGES=config.stages, SCATTER=factors_TP is not None, QUANTISED=isinstance(x, Codes),
+        PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
     )  # fmt: skip
     return out
 
 
 def grouped_eager(
     x: Codes | torch.Tensor,
-    weights_ENK: torch.Tensor,
-    scales_ERC: torch.Tensor,
+    weight: Weight,
     pairs: Sorted,
     ids_TP: torch.Tensor,
     factors_TP: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin of `grouped`, FP32, by the choices instead of tiles; zero for pairs whose expert is not there."""
     values_RK = dequantise(x) if isinstance(x, Codes) else x.float()
-    out_RN = values_RK.new_zeros(len(values_RK), weights_ENK.shape[1])
+    out_RN = values_RK.new_zeros(len(values_RK), weight.codes.shape[1])
     expert_R = ids_TP.flatten()[pairs.pair_R.long()]
     for expert in expert_R.unique().tolist():
-        if 0 <= expert < len(weights_ENK):
-            weight_NK = dequantise_weight(weights_ENK[expert], scales_ERC[expert])
+        if 0 <= expert < len(weight.codes):
+            weight_NK = dequantise_weight(matrix_of(weight, expert))
             out_RN[expert_R == expert] = values_RK[expert_R == expert] @ weight_NK.t()
     if factors_TP is None:
         return out_RN

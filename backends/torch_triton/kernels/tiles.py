@@ -1,45 +1,94 @@
-"""Products of FP8 weight tiles on the matrix units, as functions for kernels.
+"""Products of quantised weight tiles on the matrix units, as functions for kernels.
 
-Weights [N, K] have one scale per 128 x 128 block, activations one per row and 128 channels; partial blocks at the right
-and lower edges are legal. Weights lie in the chip's FP8 type, or as e4m3fn bytes where it has no FP8 units, and each
-byte is read once. They are the left operand, so that a few tokens fill the narrow side. A tile's rows never cross a row
-of blocks, except that gate and up rows of a gated product are one tile, so that one pass over the activations serves
-both.
+`weights` says how weights lie. Each byte of them is read once. They are the left operand, so that a few tokens fill the
+narrow side. A tile's rows never cross a row of 128 x 128 blocks, except that gate and up rows of a gated product are
+one tile, so that one pass over the activations serves both. Activations: FP8 codes with a scale per row and 128
+channels, INT8 codes with one per row, or BF16.
 
-Shape letters: J weight rows of a tile, M activation rows of a tile, X 128 channels.
+Shape letters: J weight rows of a tile, M activation rows of a tile, X channels of a block or of a group.
 """
 
 import triton
 import triton.language as tl
 
-from . import e4m3
+from . import e4m3, int4
 
 
 @triton.jit
 def rows_product(
-    acc_JM, x_ptr, x_row_M, x_valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
-    w_ptr, row_J, w_stride, scales_ptr, scale_row_J, scales_stride, first_block, last_block, K,
-    QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, x_row_M, x_valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
+    w_ptr, row_J, w_stride, scales_ptr, scale_row_J, scales_stride, order_ptr, first_block, last_block, K,
+    KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    INSTRUCTION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``acc_JM`` plus W x^T over the blocks given. Each block's product is added to it in FP32."""
-    x = tl.arange(0, 128)
-    for block in tl.range(first_block, last_block, num_stages=STAGES):
-        k_X = block * 128 + x
-        x_ptrs_MX = x_ptr + (x_row_M * x_stride)[:, None] + k_X[None, :]
-        w_ptrs_JX = w_ptr + (row_J * w_stride)[:, None] + k_X[None, :]
-        if EVEN_K:
-            x_MX = tl.load(x_ptrs_MX, mask=x_valid_M[:, None], other=0.0)
-            w_JX = tl.load(w_ptrs_JX)
-        else:
-            x_MX = tl.load(x_ptrs_MX, mask=x_valid_M[:, None] & (k_X < K)[None, :], other=0.0)
-            w_JX = tl.load(w_ptrs_JX, mask=tl.broadcast_to((k_X < K)[None, :], w_ptrs_JX.shape), other=0.0)
-        scale_J = tl.load(scales_ptr + scale_row_J * scales_stride + block)
-        if QUANTISED:
-            x_scale_ptrs_M = x_scales_ptr + x_row_M * x_scales_row_stride + block * x_scales_stride
-            x_scale_M = tl.load(x_scale_ptrs_M, mask=x_valid_M, other=0.0)
-            acc_JM += tl.dot(w_JX, tl.trans(x_MX)) * (scale_J[:, None] * x_scale_M[None, :])
-        else:
-            acc_JM += tl.dot(e4m3.decode(w_JX).to(tl.bfloat16), tl.trans(x_MX)) * scale_J[:, None]
+    """W x^T in FP32, [J, M], over the blocks given. ``scale_row_J``: each row's row of blocks."""
+    if KIND == "int4":
+        acc_JM = _int4_product(
+            x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, scales_ptr, scales_stride, order_ptr,
+            first_block, last_block, K, BLOCK_K // 2, EVEN_K, INSTRUCTION, STAGES,
+        )  # fmt: skip
+    elif KIND == "int8":
+        sum_JM = tl.zeros((row_J.shape[0], x_row_M.shape[0]), tl.int32)
+        for block in tl.range(first_block, last_block, num_stages=STAGES):
+            w_JX, x_MX = _block(x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, block, K, EVEN_K)
+            sum_JM = tl.dot(w_JX, tl.trans(x_MX), sum_JM, out_dtype=tl.int32)
+        acc_JM = sum_JM.to(tl.float32) * tl.load(scales_ptr + row_J)[:, None]
+    else:
+        acc_JM = tl.zeros((row_J.shape[0], x_row_M.shape[0]), tl.float32)
+        for block in tl.range(first_block, last_block, num_stages=STAGES):
+            w_JX, x_MX = _block(x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, block, K, EVEN_K)
+            scale_J = tl.load(scales_ptr + scale_row_J * scales_stride + block)
+            if KIND == "int8 blocks":
+                acc_JM += tl.dot(w_JX, tl.trans(x_MX), out_dtype=tl.int32).to(tl.float32) * scale_J[:, None]
+            elif QUANTISED:
+                x_scale_ptrs_M = x_scales_ptr + x_row_M * x_scales_row_stride + block * x_scales_stride
+                x_scale_M = tl.load(x_scale_ptrs_M, mask=x_valid_M, other=0.0)
+                acc_JM += tl.dot(w_JX, tl.trans(x_MX)) * (scale_J[:, None] * x_scale_M[None, :])
+            else:
+                acc_JM += tl.dot(e4m3.decode(w_JX).to(tl.bfloat16), tl.trans(x_MX)) * scale_J[:, None]
+    if KIND == "int8" or KIND == "int8 blocks":
+        acc_JM *= tl.load(x_scales_ptr + x_row_M * x_scales_row_stride, mask=x_valid_M, other=0.0)[None, :]
+    return acc_JM
+
+
+@triton.jit
+def _block(x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, block, K, EVEN_K: tl.constexpr):
+    """Tiles of weights and activations of 128 channels."""
+    k_X = block * 128 + tl.arange(0, 128)
+    x_ptrs_MX = x_ptr + (x_row_M * x_stride)[:, None] + k_X[None, :]
+    w_ptrs_JX = w_ptr + (row_J * w_stride)[:, None] + k_X[None, :]
+    if EVEN_K:
+        x_MX = tl.load(x_ptrs_MX, mask=x_valid_M[:, None], other=0.0)
+        w_JX = tl.load(w_ptrs_JX)
+    else:
+        x_MX = tl.load(x_ptrs_MX, mask=x_valid_M[:, None] & (k_X < K)[None, :], other=0.0)
+        w_JX = tl.load(w_ptrs_JX, mask=tl.broadcast_to((k_X < K)[None, :], w_ptrs_JX.shape), other=0.0)
+    return w_JX, x_MX
+
+
+@triton.jit
+def _int4_product(
+    x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, scales_ptr, scales_stride, order_ptr,
+    first_pair, last_pair, K, GROUP: tl.constexpr, EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """By pairs of groups. Activations past K are zero, so that codes past it may be anything."""
+    x_X = tl.arange(0, GROUP)
+    x_ptr_M = x_ptr + x_row_M * x_stride
+    acc_JM = tl.zeros((row_J.shape[0], x_row_M.shape[0]), tl.float32)
+    for pair in tl.range(first_pair, last_pair, num_stages=STAGES):
+        bytes_JX = tl.load(w_ptr + (row_J * w_stride)[:, None] + (pair * GROUP + x_X)[None, :])
+        word_ptrs_J = scales_ptr + 2 * pair * scales_stride + row_J
+        low_scale_J, low_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J))
+        high_scale_J, high_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J + scales_stride))
+        halves = int4.decode(bytes_JX, low_zero_J, high_zero_J, INSTRUCTION)
+        for half in tl.static_range(2):
+            k_X = (2 * pair + half) * GROUP + x_X
+            valid_MX = x_valid_M[:, None] if EVEN_K else x_valid_M[:, None] & (k_X < K)[None, :]
+            from_X = k_X if order_ptr is None else tl.load(order_ptr + k_X)
+            x_MX = tl.load(x_ptr_M[:, None] + from_X[None, :], mask=valid_MX, other=0.0)
+            scale_J = high_scale_J if half else low_scale_J
+            acc_JM += tl.dot(halves[half], tl.trans(x_MX)) * scale_J[:, None]
     return acc_JM
 
 
@@ -59,3 +108,8 @@ def is_last(counter_ptr, programs):
 @triton.jit
 def silu_product(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
+
+
+def int4_stage(weight_rows: int, rows: int, block: int) -> int:
+    """Bytes of shared memory that one stage of an INT4 product takes, for ``block`` columns."""
+    return weight_rows * block // 2 + 2 * rows * block

@@ -1,9 +1,9 @@
-"""Few rows times FP8 weights with 128 x 128 scales, at the speed of memory: every weight byte is read once.
+"""Few rows times quantised weights, at the speed of memory: every weight byte is read once.
 
 Where a matrix has too few rows to fill the chip, its columns are split; the last program of a tile to finish adds the
 parts in their order, so the result does not depend on who was last.
 
-Shape letters: M tokens, K inputs, N outputs, S splits of K, J weight rows of a tile, R x C blocks of 128 x 128.
+Shape letters: M tokens, K inputs, N outputs, S splits of K, J weight rows of a tile.
 Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3: 1 x 128 activations, FP32 promotion every 128 of K.
 """
 
@@ -18,14 +18,16 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
+from .weights import Weight, arguments, block_of, check_weight, dequantise_weight
 
 
 @triton.jit(do_not_specialize=["M", "x_scales_stride", "span"])
 def _rows(
-    x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, w_stride, scales_ptr, scales_stride,
-    out_ptr, part_ptr, counter_ptr, M, N, K, span,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, w_stride_e, w_stride, scales_ptr,
+    scales_stride_e, scales_stride, order_ptr, out_ptr, part_ptr, counter_ptr, M, N, K, span,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, splits of K, tiles of M. ``span``: blocks of K in a split."""
     n = tl.program_id(0) * BLOCK_N
@@ -35,13 +37,13 @@ def _rows(
     row_J = (matrix_J + tl.minimum(n + j_J % BLOCK_N, N - 1)).to(tl.int64)
     m_M = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_block = tl.program_id(1) * span
-    last_block = tl.minimum(first_block + span, tl.cdiv(K, 128))
+    last_block = tl.minimum(first_block + span, tl.cdiv(K, BLOCK_K))
     pdl.wait(PDL)
     pdl.release(PDL)
     out_JM = tiles.rows_product(
-        tl.zeros((j_J.shape[0], BLOCK_M), tl.float32), x_ptr, m_M, m_M < M, x_stride, x_scales_ptr,
-        x_scales_row_stride, x_scales_stride, w_ptr, row_J, w_stride, scales_ptr, (matrix_J + n) // 128,
-        scales_stride, first_block, last_block, K, QUANTISED, EVEN_K, STAGES,
+        x_ptr, m_M, m_M < M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, row_J, w_stride,
+        scales_ptr, (matrix_J + n) // 128, scales_stride, order_ptr, first_block, last_block, K,
+        KIND, BLOCK_K, QUANTISED, EVEN_K, INSTRUCTION, STAGES,
     )  # fmt: skip
     if GATED:
         gate_NM, up_NM = tl.split(tl.permute(tl.reshape(out_JM, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
@@ -71,11 +73,22 @@ class Config(NamedTuple):
     stages: int
 
 
-def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Config:
+def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, block: int = GROUP) -> Config:
     """The fastest of a sweep on an H200 (benchmarks/kernels.json): as many tiles as run at once, none in a second wave.
 
-    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one.
+    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one. ``block``: the
+    columns of a step. Where they are pairs of groups of INT4, activations take as much room as weights, so a processor
+    has one program or three, with as many stages as fit; these are not swept yet.
     """
+    config = _choose(rows, outputs, inputs, gated, chip)
+    if block == GROUP:
+        return config
+    stage = tiles.int4_stage(2 * config.block_n if gated else config.block_n, config.block_m, block)
+    room = chip.shared_memory * 2 // 3 if config.stages > 4 else chip.shared_memory // 3
+    return config._replace(stages=max(2, min(config.stages, room // stage)))
+
+
+def _choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Config:
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     few = block_m == 16
     deep, shallow = (6, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
@@ -90,25 +103,22 @@ def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Con
     return Config(block_m, 64, max(1, splits), 4, shallow)
 
 
-def fp8_linear(
-    x: Codes | torch.Tensor,
-    weight_NK: torch.Tensor,
-    scales_RC: torch.Tensor,
-    gated: bool = False,
-    config: Config | None = None,
+def few_rows(
+    x: Codes | torch.Tensor, weight: Weight, gated: bool = False, config: Config | None = None
 ) -> torch.Tensor:
     """x W^T as BF16 [M, N].
 
-    ``x``: codes, or BF16 [M, K] (always so on a chip without FP8 units). ``gated``: ``weight_NK`` is [gate; up] and the
-    result, half as wide, is silu(gate) * up.
+    ``x``: what the weight takes. FP8 takes FP8 codes, or BF16 [M, K] (always so on a chip without FP8 units), INT8
+    takes INT8 codes, INT4 takes BF16. ``gated``: W is [gate; up] and the result, half as wide, is silu(gate) * up.
     """
-    name = "fp8_linear"
+    name = "few_rows"
     values_MK = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values_MK.device)
     rows, inputs = values_MK.shape
-    outputs = weight_NK.shape[0] // 2 if gated else weight_NK.shape[0]
-    _check(name, values_MK, weight_NK, scales_RC, gated, chip)
-    config = config or choose(rows, outputs, inputs, gated, chip)
+    check_weight(weight, values_MK, chip, name)
+    outputs = weight.codes.shape[0] // 2 if gated else weight.codes.shape[0]
+    check(not gated or outputs % GROUP == 0, "gate and up rows must be whole blocks", name)
+    config = config or choose(rows, outputs, inputs, gated, chip, block_of(weight))
     check(not gated or config.splits == 1, "a gated product cannot be split", name)
     device = values_MK.device
     out = torch.empty(rows, outputs, dtype=torch.bfloat16, device=device)
@@ -116,43 +126,21 @@ def fp8_linear(
     if config.splits > 1:
         part = torch.empty(config.splits, rows, outputs, dtype=torch.float32, device=device)
         counter = counters(device)
-    w = weight_NK if chip.fp8_units else weight_NK.view(torch.uint8)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
+    pointers, constants = arguments(weight, chip)
     _rows[(triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))](
-        values_MK, values_MK.stride(0), x_scales, *x_scales_strides, w, w.stride(0), scales_RC, scales_RC.stride(0),
-        out, part, counter, rows, outputs, inputs, triton.cdiv(triton.cdiv(inputs, GROUP), config.splits),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=config.splits, STAGES=config.stages,
-        GATED=gated, QUANTISED=isinstance(x, Codes),
-        EVEN_K=inputs % GROUP == 0, PDL=chip.dependent_launch, **options(chip, config.warps),
+        values_MK, values_MK.stride(0), x_scales, *x_scales_strides, *pointers, out, part, counter, rows, outputs,
+        inputs, triton.cdiv(triton.cdiv(inputs, block_of(weight)), config.splits),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=config.splits, STAGES=config.stages, GATED=gated,
+        QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
     )  # fmt: skip
     return out
 
 
-def _check(name: str, x_MK: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, gated: bool, chip: Chip) -> None:
-    blocks = tuple(triton.cdiv(size, GROUP) for size in w.shape)
-    check(x_MK.shape[1] == w.shape[1], f"activations {tuple(x_MK.shape)} for weights {tuple(w.shape)}", name)
-    check(x_MK.stride(1) == 1 and w.stride(1) == 1, "channels must be contiguous", name)
-    check(x_MK.dtype in (chip.fp8, torch.bfloat16), f"activations in {x_MK.dtype}", name)
-    check(chip.fp8_units or x_MK.dtype == torch.bfloat16, f"{chip.name} takes BF16 activations", name)
-    check(w.dtype == chip.fp8, f"weights in {w.dtype}", name)
-    fits = tuple(scales.shape) == blocks and scales.stride(1) == 1 and scales.dtype == torch.float32
-    check(fits, f"scales {tuple(scales.shape)} for blocks {blocks}", name)
-    check(not gated or w.shape[0] % (2 * GROUP) == 0, "gate and up rows must be whole blocks", name)
-
-
-def dequantise_weight(weight_NK: torch.Tensor, scales_RC: torch.Tensor) -> torch.Tensor:
-    """float32 weights [N, K]."""
-    rows, columns = weight_NK.shape
-    spread = scales_RC.repeat_interleave(GROUP, 0)[:rows].repeat_interleave(GROUP, 1)[:, :columns]
-    return weight_NK.float() * spread
-
-
-def fp8_linear_eager(
-    x: Codes | torch.Tensor, weight_NK: torch.Tensor, scales_RC: torch.Tensor, gated: bool = False
-) -> torch.Tensor:
-    """The twin of `fp8_linear`, FP32 [M, N]."""
+def few_rows_eager(x: Codes | torch.Tensor, weight: Weight, gated: bool = False) -> torch.Tensor:
+    """The twin of `few_rows`, FP32 [M, N]."""
     x_MK = dequantise(x) if isinstance(x, Codes) else x.float()
-    out_MN = x_MK @ dequantise_weight(weight_NK, scales_RC).t()
+    out_MN = x_MK @ dequantise_weight(weight).t()
     if not gated:
         return out_MN
     gate_MN, up_MN = out_MN.chunk(2, dim=1)

@@ -1,0 +1,163 @@
+"""Quantised matrices as kernels read them, and as arguments of their launches.
+
+A matrix [N, K] may be one of a stack: every tensor then has a leading axis E. All scales multiply.
+
+- FP8: e4m3 codes in the chip's form, a scale for each block of 128 x 128; partial blocks at the edges are legal.
+- INT8: signed codes, a scale for each row, or for each block of 128 x 128.
+- INT4: (code - zero point) * scale, both for a group of 32, 64 or 128 channels of a row. Channels come in pairs of
+  groups, up to a whole pair: byte j of pair p holds channel j of group 2p in its low four bits, and channel j of group
+  2p + 1 in its high ones, so that either half of a loaded tile is a tile of one group. A group's scale and zero point
+  are one word, for which a copy to shared memory in the background is possible: the upper 24 bits of the FP32 scale
+  (exact for scales that are stored in F16 or BF16) above 128 + zero point. Words lie group by group: a tile of rows
+  reads them in one piece. ``order`` says where the input of each channel is: GPTQ with act-order sorts channels into
+  groups.
+
+Shape letters: N rows (out), K columns (in), R x C blocks, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .chips import Chip, check
+
+GROUP = 128
+
+
+class Fp8Weight(NamedTuple):
+    codes: Tensor  # [N, K] in the chip's FP8 type
+    scales: Tensor  # [R, C] float32
+
+
+class Int8Weight(NamedTuple):
+    codes: Tensor  # [N, K] int8
+    scales: Tensor  # float32: [N], or [R, C] of blocks
+
+    @property
+    def has_blocks(self) -> bool:
+        return self.scales.dim() == self.codes.dim()
+
+
+class Int4Weight(NamedTuple):
+    codes: Tensor  # [N, G * group / 2] uint8; G is even
+    scales: Tensor  # [G, N] int32 words of scale and zero point
+    inputs: int  # K
+    order: Tensor | None = None  # [G * group] int32
+
+    @property
+    def group(self) -> int:
+        return 2 * self.codes.shape[-1] // self.scales.shape[-2]
+
+
+Weight = Fp8Weight | Int8Weight | Int4Weight
+
+
+class Arguments(NamedTuple):
+    """Of a kernel: codes, the strides of a matrix and of a row; the same of scales; order."""
+
+    pointers: tuple[Tensor | int | None, ...]
+    constants: dict[str, Any]
+
+
+def inputs_of(weight: Weight) -> int:
+    """K."""
+    return weight.inputs if isinstance(weight, Int4Weight) else weight.codes.shape[-1]
+
+
+def block_of(weight: Weight) -> int:
+    """The columns that a kernel takes at a time."""
+    return 2 * weight.group if isinstance(weight, Int4Weight) else GROUP
+
+
+def arguments(weight: Weight, chip: Chip) -> Arguments:
+    """How kernels take ``weight``: a matrix, or a stack."""
+    codes, scales = weight.codes, weight.scales
+    if isinstance(weight, Fp8Weight):
+        kind = "fp8"
+        codes = codes if chip.fp8_units else codes.view(torch.uint8)
+    elif isinstance(weight, Int8Weight):
+        kind = "int8 blocks" if weight.has_blocks else "int8"
+    else:
+        kind = "int4"
+    of_matrix = (codes.stride(0), scales.stride(0)) if codes.dim() == 3 else (0, 0)
+    row = scales.stride(-2) if scales.dim() > codes.dim() - 1 else 0
+    order = weight.order if isinstance(weight, Int4Weight) else None
+    constants = {
+        "KIND": kind,
+        "BLOCK_K": block_of(weight),
+        "EVEN_K": inputs_of(weight) % block_of(weight) == 0,
+        "INSTRUCTION": chip.name.startswith("sm_"),
+    }
+    return Arguments((codes, of_matrix[0], codes.stride(-2), scales, of_matrix[1], row, order), constants)
+
+
+def check_weight(weight: Weight, x: Tensor, chip: Chip, kernel: str) -> None:
+    """What a launcher cannot take of a matrix, or of a stack, and of the activations' codes or BF16 values ``x``."""
+    codes, scales = weight.codes, weight.scales
+    shape = tuple(codes.shape)
+    check(x.shape[1] == inputs_of(weight), f"activations {tuple(x.shape)} for weights {shape}", kernel)
+    check(x.stride(1) == 1 and codes.stride(-1) == 1 and scales.stride(-1) == 1, "channels must be contiguous", kernel)
+    grid = (*shape[:-2], *(triton.cdiv(size, GROUP) for size in shape[-2:]))
+    if isinstance(weight, Fp8Weight):
+        wanted, takes = grid, (chip.fp8, torch.bfloat16) if chip.fp8_units else (torch.bfloat16,)
+        check(codes.dtype == chip.fp8, f"weights in {codes.dtype}", kernel)
+    elif isinstance(weight, Int8Weight):
+        wanted, takes = grid if weight.has_blocks else shape[:-1], (torch.int8,)
+        check(codes.dtype == torch.int8, f"weights in {codes.dtype}", kernel)
+    else:
+        wanted, takes = (*shape[:-2], 2 * shape[-1] // weight.group, shape[-2]), (torch.bfloat16,)
+        check(codes.dtype == torch.uint8 and weight.group in (32, 64, 128), f"groups of {weight.group}", kernel)
+        check(shape[-1] == triton.cdiv(weight.inputs, 2 * weight.group) * weight.group, f"codes {shape}", kernel)
+        order = weight.order
+        fits = order is None or (order.is_contiguous() and order.shape == (*shape[:-2], 2 * shape[-1]))
+        check(fits and (order is None or order.dtype == torch.int32), "order of another size", kernel)
+    check(x.dtype in takes, f"{chip.name} takes no {x.dtype} activations for weights in {codes.dtype}", kernel)
+    dtype = torch.int32 if isinstance(weight, Int4Weight) else torch.float32
+    fits = scales.dtype == dtype and tuple(scales.shape) == wanted
+    check(fits, f"{scales.dtype} scales {tuple(scales.shape)} for {wanted}", kernel)
+
+
+def matrix_of(stack: Weight, expert: int) -> Weight:
+    """A matrix of a stack."""
+    if isinstance(stack, Int4Weight):
+        order = None if stack.order is None else stack.order[expert]
+        return Int4Weight(stack.codes[expert], stack.scales[expert], stack.inputs, order)
+    return stack._replace(codes=stack.codes[expert], scales=stack.scales[expert])
+
+
+def dequantise_weight(weight: Weight) -> Tensor:
+    """The float32 matrix [N, K]."""
+    if isinstance(weight, Int4Weight):
+        return _dequantise_int4(weight)
+    codes_NK, scales = weight.codes.float(), weight.scales
+    if scales.dim() == 1:
+        return codes_NK * scales[:, None]
+    rows, columns = codes_NK.shape
+    return codes_NK * scales.repeat_interleave(GROUP, 0)[:rows].repeat_interleave(GROUP, 1)[:, :columns]
+
+
+def _dequantise_int4(weight: Int4Weight) -> Tensor:
+    group = weight.group
+    bytes_NPX = weight.codes.unflatten(1, (-1, group))
+    codes_NGX = torch.stack([bytes_NPX & 15, bytes_NPX >> 4], 2).flatten(1, 2)
+    scales_NG1, zeros_NG1 = (part.t()[:, :, None] for part in scale_and_zero(weight.scales))
+    values_NGX = (codes_NGX.float() - zeros_NG1) * scales_NG1
+    sorted_NK = values_NGX.flatten(1)[:, : weight.inputs]
+    if weight.order is None:
+        return sorted_NK
+    return torch.empty_like(sorted_NK).index_copy_(1, weight.order[: weight.inputs].long(), sorted_NK)
+
+
+def words_of(scales: Tensor, zeros: Tensor) -> Tensor:
+    """int32 words of scales and of zero points 0 … 15; FP32 scales are rounded to 24 bits."""
+    bits = scales.float().view(torch.int32)
+    return ((bits + 0x7F + (bits >> 8 & 1)) & -256) | (128 + zeros.int())
+
+
+def scale_and_zero(words: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 scales, and zero points as float32."""
+    return (words & -256).view(torch.float32), ((words & 255) - 128).float()
