@@ -40,7 +40,7 @@ from tests.convert.encoders import FORMATS, GPTQ, GROUP, SPEC, TOKEN, ct_config,
 from tests.gpu_path.opening import SPECS, build
 
 INT8_ACTIVATIONS = 0.1
-PIECES = [7, 1, 3]
+PIECES = [5, 1]
 CPU = torch.device("cpu")
 MODEL = SPECS["v3"].replace({"vocab_size": 88})
 
@@ -94,11 +94,11 @@ def test_a_checkpoint_that_was_quantised_here(tmp_path):
     with Checkpoint.open(directory) as opened:
         spec = spec_from_hf(opened.config, "config.json").replace({"max_position_embeddings": 4096})
         weights = CheckpointWeights(opened, spec)
-        tokens = random_tokens(spec, 6)
-        wanted = logits_of(loaded_on_cpu(spec, weights), tokens, [6])
+        tokens = random_tokens(spec, 3)
+        wanted = logits_of(loaded_on_cpu(spec, weights), tokens, [3])
         runner = build(spec, "w8a8")
         runner.load(weights)
-        got = logits_of(runner, tokens, [6])
+        got = logits_of(runner, tokens, [3])
     assert median_token_difference(got, wanted) <= INT8_ACTIVATIONS
 
 

@@ -33,8 +33,11 @@ def tiles_of(ids: torch.Tensor) -> kernel.Tiles:
     return kernel.group(ids, EXPERTS) if len(ids) > 1 else kernel.one_pair_tiles(ids)
 
 
-@pytest.mark.parametrize("kind, quantised", [(kind, True) for kind in KINDS] + [("fp8", False)])
-@pytest.mark.parametrize("tokens, per_token", [(1, 4), (2, 3), (19, 4)])
+@pytest.mark.parametrize(
+    "tokens, per_token, kind, quantised",
+    [(*shape, "fp8", quantised) for shape in ((1, 4), (2, 3), (19, 4)) for quantised in (True, False)]
+    + [(*shape, kind, True) for shape in ((1, 4), (5, 3)) for kind in KINDS[1:]],
+)
 def test_experts_equal_dequantised_products(tokens, per_token, kind, quantised):
     ids = choices(tokens, per_token)
     factors = torch.rand(ids.shape)
