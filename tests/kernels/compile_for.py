@@ -14,6 +14,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from deepspan.backends.torch_triton.cache import FP8_CACHE
@@ -25,6 +27,7 @@ from deepspan.backends.torch_triton.kernels import (
     experts,
     few_rows,
     grouped,
+    grouped_hopper,
     int8,
     mla_decode,
     prompt_attention,
@@ -76,7 +79,7 @@ class Launches:
     def compile(self) -> dict[str, int]:
         count: dict[str, int] = collections.Counter()
         for kernel, signature, constants, attributes, options in self.variants.values():
-            source = ASTSource(kernel, signature, constants, attributes)
+            source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
             binary = triton.compile(source, target=target_of(self.chip), options=options)
             name = f"{kernel.fn.__module__.rsplit('.', 1)[1]}.{kernel.fn.__qualname__}"
             assert binary.metadata.shared <= self.chip.shared_memory, f"{name}: {binary.metadata.shared} bytes shared"
@@ -87,6 +90,8 @@ class Launches:
 def _type(value) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -204,6 +209,10 @@ def launch_prompts(chip: chips.Chip) -> None:
     for weight in weights(chip, 257, 7168, 2048, rare=False):
         for h in activations(chip, weight, 5400, 2048):
             grouped.grouped(h, weight, pairs, empty(600, 9, dtype=torch.float32))
+    for weight in filter(lambda weight: grouped_hopper.takes(weight, chip), weights(chip, 257, 7168, 2048)):
+        h = quant.quantise(empty(5400, 2048))
+        for factors in (None, empty(600, 9, dtype=torch.float32)):
+            grouped.grouped(h, weight, pairs, factors, config=grouped.HOPPER)
     for weight in weights(chip, 7168, 2048, rare=False):
         if not isinstance(weight, Fp8Weight):
             for x in activations(chip, weight, 600, 2048):

@@ -8,11 +8,14 @@ import torch
 
 from deepspan.backends.torch_triton.kernels import grouped as kernel
 from deepspan.backends.torch_triton.kernels import int8, quant
+from deepspan.backends.torch_triton.kernels.chips import chip_named, chip_of
 from deepspan.backends.torch_triton.kernels.few_rows import few_rows_eager
+from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
 from tests.kernels.quantised import KINDS, distance, operand, weights
 from tests.kernels.quantised import rows as rows_of
 from tests.kernels.test_experts import EXPERTS, HIDDEN, WIDTH, choices, used
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = kernel.Config(16, 64, 4, 2)
 
 
@@ -44,6 +47,29 @@ def test_one_matrix(kind):
     weight, x = weights(kind, 72, 168), operand(kind, rows_of(19, 168))
     got = kernel.one_matrix(x, weight, SMALL)
     assert distance(got, few_rows_eager(x, weight)) < 2**-8
+
+
+def test_hopper_has_a_kernel_for_many_pairs_of_whole_fp8_blocks():
+    hopper = chip_named("sm_90")
+    stack = [weights("fp8", 256, 128, 4), weights("fp8", 128, 128, 4)]
+    assert kernel.choose_for_experts(4 * kernel.HOPPER_PAIRS, stack, hopper) == kernel.HOPPER
+    others = [(4 * kernel.HOPPER_PAIRS - 1, stack, hopper), (10**6, stack, chip_named("sm_100"))]
+    others += [(10**6, [weights(kind, size, 128, 4), stack[1]], hopper) for kind, size in (("int8", 256), ("fp8", 200))]
+    assert all(kernel.choose_for_experts(*other) != kernel.HOPPER for other in others)
+
+
+@pytest.mark.skipif(chip_of(DEVICE).name != "sm_90", reason="Gluon has no interpreter: needs a Hopper GPU")
+@pytest.mark.parametrize("scatter", [False, True])
+def test_hopper_gives_the_same_bits(scatter):
+    ids = torch.randint(6, (3000, 4), device=DEVICE).int()  # the stack has five: one expert is another rank's
+    weight = Fp8Weight(*(part.contiguous().to(DEVICE) for part in weights("fp8", 384, 256, 5)))
+    x = quant.quantise(torch.randn(ids.numel(), 256, device=DEVICE).bfloat16())
+    factors = torch.rand(ids.shape, device=DEVICE) if scatter else None
+    plain, hopper = (
+        kernel.grouped(x, weight, kernel.sort_pairs(ids, 5, config.block_m), factors, True, config)
+        for config in (kernel.choose(chip_of(DEVICE)), kernel.HOPPER)
+    )
+    torch.testing.assert_close(hopper, plain, rtol=0, atol=0)
 
 
 def test_choices_of_other_ranks_are_not_run():

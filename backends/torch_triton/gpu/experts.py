@@ -19,7 +19,6 @@ from ..kernels import grouped
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack, Tiles
 from ..kernels.router import Choice
-from ..kernels.weights import block_of
 from ..layers import gated
 from .linear import Form, Linear, Operand
 
@@ -62,10 +61,11 @@ class KernelExperts:
     def _many(self, x: Operand, choice: Choice) -> Tensor:
         tokens, choices = choice.ids.shape
         gate_up, down = self._stack
-        block_m = grouped.choose(self._chip, block_of(gate_up)).block_m
-        pairs = grouped.sort_pairs(choice.ids, len(down.codes), block_m)
-        h = self.form.gated(grouped.grouped(grouped.gather(x, pairs, choices), gate_up, pairs))
-        return grouped.grouped(h, down, pairs, choice.weights, self._foreign).view(tokens, choices, -1)
+        own = 0 if self._foreign else choice.ids.numel()  # of others' choices nobody knows how many there are
+        config = grouped.choose_for_experts(own, self._stack, self._chip)
+        pairs = grouped.sort_pairs(choice.ids, len(down.codes), config.block_m)
+        h = self.form.gated(grouped.grouped(grouped.gather(x, pairs, choices), gate_up, pairs, config=config))
+        return grouped.grouped(h, down, pairs, choice.weights, self._foreign, config).view(tokens, choices, -1)
 
 
 class Bf16Experts:

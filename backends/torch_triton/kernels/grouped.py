@@ -11,16 +11,17 @@ Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16, and section 3.3 for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import e4m3, int4, pdl
+from . import e4m3, grouped_hopper, int4, pdl
 from .chips import Chip, check, chip_of, options
 from .quant import GROUP, Codes, dequantise
-from .weights import Weight, arguments, block_of, check_weight, dequantise_weight, matrix_of
+from .weights import Fp8Weight, Weight, arguments, block_of, check_weight, dequantise_weight, matrix_of
 
 
 class Sorted(NamedTuple):
@@ -172,6 +173,18 @@ class Config(NamedTuple):
     block_n: int
     warps: int
     stages: int
+    has_tasks: bool = False  # the kernel of `grouped_hopper`
+
+
+HOPPER = Config(grouped_hopper.TILE, grouped_hopper.TILE, 4, grouped_hopper.STAGES, has_tasks=True)
+HOPPER_PAIRS = 192  # an expert: faster at 286 of DeepSeek-V3's, slower at 36
+
+
+def choose_for_experts(pairs: int, stack: Sequence[Weight], chip: Chip) -> Config:
+    """Of both products of a stack [gate and up, down], for ``pairs`` of its own."""
+    if pairs >= HOPPER_PAIRS * len(stack[0].codes) and all(grouped_hopper.takes(weight, chip) for weight in stack):
+        return HOPPER
+    return choose(chip, block_of(stack[0]))
 
 
 def choose(chip: Chip, block: int = GROUP) -> Config:
@@ -230,6 +243,10 @@ def _launch(
     room = torch.zeros if foreign else torch.empty
     out = room(len(values), outputs, dtype=torch.bfloat16, device=values.device)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
+    if config.has_tasks:
+        assert isinstance(x, Codes) and isinstance(weight, Fp8Weight) and pairs is not None, "what HOPPER is chosen for"
+        grouped_hopper.launch(x, weight, pairs, factors_TP, out, chip.processors)
+        return out
     tiles = triton.cdiv(len(values), config.block_m) if pairs is None else len(pairs.expert_U)
     pointers, constants = arguments(weight, chip)
     _grouped[(triton.cdiv(outputs, config.block_n), tiles)](
