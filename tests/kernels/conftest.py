@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, on a CPU (see tests/conftest.py)."""
+"""Kernels run in Triton's interpreter here, on a CPU (see tests/conftest.py), or with TRITON_INTERPRET=0 on a GPU."""
 
 import warnings
 
@@ -8,11 +8,21 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from tests.kernels.device import DEVICE  # noqa: E402 - after torch is known to be there
+
+
+@pytest.fixture(autouse=True)
+def _default_device():
+    with DEVICE:
+        yield
+
 
 @pytest.fixture(autouse=True)
 def _bf16_as_on_a_gpu(monkeypatch):
     """Two faults of Triton 3.6's interpreter, put right: it multiplies BF16 matrices as integers, and rounds FP32 to
     BF16 without ties to even and without the carry into the exponent."""
+    if DEVICE.type != "cpu":
+        return
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -5,13 +5,14 @@ import torch
 
 from deepspan.backends.torch_triton.kernels import int8, quant
 from deepspan.backends.torch_triton.kernels.weights import Fp8Weight, Int4Weight, Int8Weight, Weight, words_of
+from tests.kernels.device import seeded
 
 KINDS = ["fp8", "int8", "int8 blocks", "int4", "int4, zero points, order"]
 
 
 def weights(kind: str, outputs: int, inputs: int, count: int | None = None, used: set[int] | None = None) -> Weight:
     """A matrix, or a stack of ``count`` of which those that are not ``used`` are poison, too."""
-    generator = torch.Generator().manual_seed(outputs + inputs)
+    generator = seeded(outputs + inputs)
     rows, columns = -(-outputs // 128), -(-inputs // 128)
     stack = () if count is None else (count,)
     kept = None if used is None else torch.tensor([expert in used for expert in range(count or 0)])
@@ -61,7 +62,7 @@ def operand(kind: str, x: torch.Tensor) -> quant.Codes | torch.Tensor:
 
 
 def rows(count: int, inputs: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(count)
+    generator = seeded(count)
     wide = torch.full((count + 2, inputs + 16), torch.nan).bfloat16()
     wide[:count, :inputs] = torch.randn(count, inputs, generator=generator)
     return wide[:count, :inputs]

@@ -10,6 +10,7 @@ from deepspan.backends.torch_triton.kernels import absorb as kernel
 from deepspan.backends.torch_triton.kernels import rope_cache
 from deepspan.models.rope import rope_tables
 from tests.kernels.caches import DTYPES, assert_same_entries, poisoned
+from tests.kernels.device import seeded
 from tests.kernels.test_mla_decode import distance
 from tests.kernels.test_rope_cache import frame
 from tests.specs import make
@@ -20,9 +21,9 @@ from tests.specs import make
 def test_absorbed_queries_and_cache_entries(tokens, heads, nope, latent, rope, held):
     q, kv = frame(tokens, heads, nope + rope), frame(tokens, latent + rope, seed=1)
     k_b, weight = frame(heads, nope, latent, seed=2), torch.rand(latent) + 0.5
-    tables = rope_cache.Tables(*map(torch.from_numpy, rope_tables(make(qk_rope_head_dim=rope), 256)))
+    tables = rope_cache.Tables(*map(torch.tensor, rope_tables(make(qk_rope_head_dim=rope), 256)))
     positions = torch.arange(tokens, dtype=torch.int32) * 7
-    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:tokens].int()
+    slots = torch.randperm(40, generator=seeded(0))[:tokens].int()
     slots[1] = -1
     results = []
     for absorb in (kernel.absorb, kernel.absorb_eager):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels.best import best
+from tests.kernels.device import seeded
 
 
 @pytest.mark.parametrize("columns", [5, 129, 9000])
 def test_is_the_first_of_the_largest(columns):
-    generator = torch.Generator().manual_seed(columns)
+    generator = seeded(columns)
     logits = torch.randint(-4, 4, (3, columns + 3), generator=generator).float()[:, :columns]
     logits[1] = -torch.inf
     logits[2, -1] = 9

@@ -8,6 +8,7 @@ from deepspan.backends.torch_triton.kernels import entries as kernel
 from deepspan.backends.torch_triton.kernels.chips import chip_named
 from deepspan.models.errors import DeepspanError
 from tests.kernels.caches import DTYPES, poisoned
+from tests.kernels.device import seeded
 
 
 @pytest.mark.parametrize("latent, rope", [(512, 64), (132, 6)])
@@ -15,10 +16,8 @@ from tests.kernels.caches import DTYPES, poisoned
 @pytest.mark.parametrize("slot_type", [torch.int32, torch.int64])
 def test_equals_its_twin(latent, rope, held, slot_type):
     cache = poisoned(5, 7, latent, rope, held)
-    slots = torch.randperm(35, generator=torch.Generator().manual_seed(0))[:21].to(slot_type)
-    drawn = (
-        torch.randn(21, latent + rope, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 3, 21)[:, None]
-    )
+    slots = torch.randperm(35, generator=seeded(0))[:21].to(slot_type)
+    drawn = torch.randn(21, latent + rope, generator=seeded(1)) * torch.logspace(-4, 3, 21)[:, None]
     drawn[3] = 0
     cache[slots.long() // 7, slots.long() % 7] = to_entries(drawn, latent, held)
     want = kernel.read_entries_eager(cache, slots, latent, rope)

@@ -1,4 +1,5 @@
-"""Grouped experts against dequantised products. Tolerance: 2^-8 relative norm for BF16 results, 1e-6 for FP32 ones.
+"""Grouped experts against dequantised products. Tolerance: 2^-8 relative norm for BF16 results, 1e-6 for FP32 ones
+(2^-11 on GPUs: the FP8 units of Hopper add with 14 bits).
 
 Experts that nobody chose are NaN, codes and scales, so that touching one shows.
 """
@@ -8,9 +9,11 @@ import torch
 
 from deepspan.backends.torch_triton.kernels import experts as kernel
 from deepspan.models.errors import DeepspanError
+from tests.kernels.device import DEVICE, seeded
 from tests.kernels.quantised import KINDS, distance, operand, weights
 
 HIDDEN, WIDTH, EXPERTS = 320, 128, 7
+TOLERANCE = 1e-6 if DEVICE.type == "cpu" else 2**-11
 
 
 def used(ids: torch.Tensor) -> set[int]:
@@ -24,7 +27,7 @@ def stack(ids: torch.Tensor, kind: str = "fp8") -> kernel.Stack:
 
 def choices(tokens: int, per_token: int, seed: int = 0) -> torch.Tensor:
     """Distinct experts of 0 … 4 for each token, then 6, the shared one; 5 is never chosen."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     routed = torch.stack([torch.randperm(5, generator=generator)[: per_token - 1] for _ in range(tokens)])
     return torch.cat([routed, torch.full((tokens, 1), 6)], 1).int()
 
@@ -51,7 +54,7 @@ def test_experts_equal_dequantised_products(tokens, per_token, kind, quantised):
     h = operand(kind, h) if quantised else h
     got = kernel.down(h, ids, factors, layer, tiles)
     assert got.dtype == torch.float32
-    assert distance(got.sum(1), kernel.down_eager(h, ids, factors, layer).sum(1)) < 1e-6
+    assert distance(got.sum(1), kernel.down_eager(h, ids, factors, layer).sum(1)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -65,7 +68,7 @@ def test_choices_of_other_ranks_add_nothing(tokens):
     h = torch.where(here.view(-1, 1), h, torch.nan)
     got = kernel.down(h, ids, factors, layer, tiles, foreign=True)
     want = kernel.down_eager(torch.where(here.view(-1, 1), h, 0), ids, factors, layer)
-    assert distance(got.sum(1), want.sum(1)) < 1e-6
+    assert distance(got.sum(1), want.sum(1)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens, per_token", [(2, 2), (40, 4)])

@@ -11,11 +11,11 @@ from deepspan.backends.torch_triton.kernels import int8, quant
 from deepspan.backends.torch_triton.kernels.chips import chip_named, chip_of
 from deepspan.backends.torch_triton.kernels.few_rows import few_rows_eager
 from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
+from tests.kernels.device import DEVICE, seeded
 from tests.kernels.quantised import KINDS, distance, operand, weights
 from tests.kernels.quantised import rows as rows_of
 from tests.kernels.test_experts import EXPERTS, HIDDEN, WIDTH, choices, used
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = kernel.Config(16, 64, 4, 2)
 
 
@@ -61,10 +61,10 @@ def test_hopper_has_a_kernel_for_many_pairs_of_whole_fp8_blocks():
 @pytest.mark.skipif(chip_of(DEVICE).name != "sm_90", reason="Gluon has no interpreter: needs a Hopper GPU")
 @pytest.mark.parametrize("scatter", [False, True])
 def test_hopper_gives_the_same_bits(scatter):
-    ids = torch.randint(6, (3000, 4), device=DEVICE).int()  # the stack has five: one expert is another rank's
-    weight = Fp8Weight(*(part.contiguous().to(DEVICE) for part in weights("fp8", 384, 256, 5)))
-    x = quant.quantise(torch.randn(ids.numel(), 256, device=DEVICE).bfloat16())
-    factors = torch.rand(ids.shape, device=DEVICE) if scatter else None
+    ids = torch.randint(6, (3000, 4)).int()  # the stack has five: one expert is another rank's
+    weight = Fp8Weight(*(part.contiguous() for part in weights("fp8", 384, 256, 5)))
+    x = quant.quantise(torch.randn(ids.numel(), 256).bfloat16())
+    factors = torch.rand(ids.shape) if scatter else None
     plain, hopper = (
         kernel.grouped(x, weight, kernel.sort_pairs(ids, 5, config.block_m), factors, True, config)
         for config in (kernel.choose(chip_of(DEVICE)), kernel.HOPPER)
@@ -87,7 +87,7 @@ def test_choices_of_other_ranks_are_not_run():
 
 @pytest.mark.parametrize("tokens, per_token, number, block_m", [(40, 4, 9, 16), (3, 2, 300, 128), (129, 8, 8, 32)])
 def test_tiles_hold_every_pair_once(tokens, per_token, number, block_m):
-    ids = torch.randint(number, (tokens, per_token), generator=torch.Generator().manual_seed(0)).int()
+    ids = torch.randint(number, (tokens, per_token), generator=seeded(0)).int()
     ids[:, 0] = 5  # an expert with many tiles
     pairs = kernel.sort_pairs(ids, number, block_m)
     seen = []

@@ -11,10 +11,11 @@ from deepspan.backends.torch_triton.kernels import mla_decode as kernel
 from deepspan.backends.torch_triton.kernels.chips import chip_named
 from deepspan.models.errors import DeepspanError
 from tests.kernels.caches import DTYPES, poisoned
+from tests.kernels.device import seeded
 
 
 def case(lengths, page, heads, latent, rope, queries=1, seed=0, held=torch.bfloat16):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     needed = [-(-length // page) for length in lengths]
     blocks = sum(needed) + 3
     order = torch.randperm(blocks, generator=generator).tolist()

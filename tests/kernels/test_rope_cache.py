@@ -10,6 +10,7 @@ import torch
 from deepspan.backends.torch_triton.kernels import rope_cache as kernel
 from deepspan.models.rope import rope_tables
 from tests.kernels.caches import DTYPES, assert_same_entries, poisoned
+from tests.kernels.device import seeded
 from tests.specs import make
 
 
@@ -18,7 +19,7 @@ def frame(*shape: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
     wide = torch.full([size + 2 for size in shape[:-1]] + [shape[-1] + 11], torch.nan, dtype=dtype)
     inside = [slice(1, size + 1) for size in shape[:-1]]
     view = wide[(*inside, slice(3, shape[-1] + 3))]
-    view[:] = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    view[:] = torch.randn(shape, generator=seeded(seed))
     return view
 
 
@@ -33,7 +34,7 @@ def test_equals_its_twin(latent, rope, heads, dtype, held, page):
     weight = torch.rand(latent) + 0.5
     positions = torch.tensor([0, 255, 7, 8], dtype=torch.int32)
     slots = torch.tensor([3 * page, page - 1, -1, 2 * page + 3], dtype=torch.int64)
-    tables = kernel.Tables(*map(torch.from_numpy, rope_tables(make(qk_rope_head_dim=rope), 256)))
+    tables = kernel.Tables(*map(torch.tensor, rope_tables(make(qk_rope_head_dim=rope), 256)))
     results = []
     for write in (kernel.rope_cache, kernel.rope_cache_eager):
         cache = poisoned(4, page, latent, rope, held)
@@ -47,7 +48,7 @@ def test_equals_its_twin(latent, rope, heads, dtype, held, page):
 
 def test_queries_may_be_rotated_in_place():
     q, kv = frame(1, 4, 16), frame(1, 48)
-    tables = kernel.Tables(*map(torch.from_numpy, rope_tables(make(qk_rope_head_dim=16), 9)))
+    tables = kernel.Tables(*map(torch.tensor, rope_tables(make(qk_rope_head_dim=16), 9)))
     at = torch.tensor([8]), torch.tensor([0])
     expected, cache = torch.empty(1, 4, 16).bfloat16(), torch.empty(1, 4, 48).bfloat16()
     kernel.rope_cache_eager(kv, torch.ones(32), 1e-6, q, expected, *at, tables, cache)

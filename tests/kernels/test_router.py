@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels import router as kernel
+from tests.kernels.device import seeded
 from tests.specs import make
 
 V2 = {"family": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": False, "num_nextn_predict_layers": 0}
@@ -23,7 +24,7 @@ SPECS = {
 
 def inputs(spec, tokens: int, hidden: int, dtype: torch.dtype):
     """Integers in a NaN frame; few distinct logits, so many ties."""
-    generator = torch.Generator().manual_seed(tokens)
+    generator = seeded(tokens)
     wide_x = torch.full((tokens + 1, hidden + 9), torch.nan).bfloat16()
     wide_x[:tokens, :hidden] = torch.randint(-1, 2, (tokens, hidden), generator=generator)
     wide_w = torch.full((spec.n_routed_experts + 1, hidden + 7), torch.nan, dtype=dtype)

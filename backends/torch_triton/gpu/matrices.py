@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ....models.quant import block_grid
 from ..kernels.chips import chip_of
-from ..kernels.quant import E4M3_MAX, GROUP
+from ..kernels.quant import E4M3_MAX, GROUP, divided
 from ..kernels.weights import Fp8Weight, Int4Weight, Int8Weight
 
 
@@ -88,7 +88,7 @@ def _by_blocks(weight_NK: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def _scales(amax: Tensor, limit: float) -> Tensor:
-    return (amax / limit).clamp(min=2.0**-126).masked_fill(amax == 0, 1.0)
+    return divided(amax, limit).clamp(min=2.0**-126).masked_fill(amax == 0, 1.0)
 
 
 def of_e4m3fn(codes_NK: Tensor, scales_RC: Tensor) -> Fp8Weight:

@@ -263,7 +263,7 @@ def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False)
     tokens, channels = x_TK.shape
     groups = triton.cdiv(channels, GROUP)
     x_TGX = torch.nn.functional.pad(x_TK.float(), (0, groups * GROUP - channels)).view(tokens, groups, GROUP)
-    scales_TG = x_TGX.abs().amax(2).clamp(min=FLOOR) / E4M3_MAX
+    scales_TG = divided(x_TGX.abs().amax(2).clamp(min=FLOOR), E4M3_MAX)
     if ue8m0:
         mantissa, exponent = torch.frexp(scales_TG)
         scales_TG = torch.ldexp(torch.ones_like(scales_TG), exponent - (mantissa == 0.5).int())
@@ -277,8 +277,13 @@ def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False)
 def quantise_rows_eager(x_TK: torch.Tensor, gated: bool = False) -> Codes:
     """The twin of `int8.quantise_rows`."""
     x_TK = _joined(x_TK) if gated else x_TK.float()
-    scales_T1 = x_TK.abs().amax(1, keepdim=True).clamp(min=1e-10) / 127
+    scales_T1 = divided(x_TK.abs().amax(1, keepdim=True).clamp(min=1e-10), 127)
     return Codes((x_TK / scales_T1).round().clamp(-127, 127).to(torch.int8), scales_T1)
+
+
+def divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """Correctly rounded quotients: on a GPU torch multiplies by the reciprocal of a number that is no tensor there."""
+    return x / torch.full_like(x, by)
 
 
 def _joined(x_TK: torch.Tensor) -> torch.Tensor:

@@ -256,9 +256,10 @@ def choose_experts_eager(
     """The twin of `choose_experts`: FP32 logits through the neutral definition."""
     logits_TE = (x_TD.float() @ weight_ED.float().t()).cpu().numpy()
     ids, weights = route(spec, logits_TE, None if bias_E is None else bias_E.cpu().numpy())
-    tokens = len(x_TD)
-    shared_ids = torch.arange(spec.n_routed_experts, spec.n_routed_experts + shared).expand(tokens, -1)
+    tokens, device = len(x_TD), x_TD.device
+    shared_ids = torch.arange(spec.n_routed_experts, spec.n_routed_experts + shared, device=device).expand(tokens, -1)
+    ones = torch.ones(tokens, shared, device=device)
     return Choice(
-        torch.cat([torch.from_numpy(ids), shared_ids], 1).int().to(x_TD.device),
-        torch.cat([torch.from_numpy(weights), torch.ones(tokens, shared)], 1).to(x_TD.device),
+        torch.cat([torch.from_numpy(ids).to(device), shared_ids], 1).int(),
+        torch.cat([torch.from_numpy(weights).to(device), ones], 1),
     )
