@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,8 @@ class StepBatch:
     is not the last, 1 usually). ``draft`` also runs the MTP layer over all new tokens and proposes, after each output,
     the token that follows the sampled one; ``next_token_ids_B`` then gives the known next token of sequences without
     outputs (ignored for the others).
+
+    To a runner that `StartsAhead`, a token id of -1 - o means output o of the step before, whatever that is.
     """
 
     token_ids_T: IntArray
@@ -177,6 +179,30 @@ class Runner(Protocol):
     def step(self, batch: StepBatch) -> StepResult: ...
 
     def close(self) -> None: ...
+
+
+class Pending(Protocol):
+    """A step that runs."""
+
+    def result(self) -> StepResult:
+        """Wait for it."""
+
+
+@runtime_checkable
+class StartsAhead(Protocol):
+    """A runner that can be given the next step while one runs, so that the device never waits for the host."""
+
+    @property
+    def starts_ahead(self) -> bool:
+        """Whether it can in this run."""
+
+    def start(self, batch: StepBatch) -> Pending:
+        """`Runner.step` without waiting for its end. At most one other step may be unfinished."""
+
+
+def starts_ahead(runner: Runner) -> TypeGuard[StartsAhead]:
+    """Whether ``runner`` can be given a step while another runs."""
+    return isinstance(runner, StartsAhead) and runner.starts_ahead
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Rank, Runner, Sampling, StepBatch, StepResult, Weights
+from .base import Pending, Rank, Runner, Sampling, StartsAhead, StepBatch, StepResult, Weights, starts_ahead
 
 _FIRST_WORDS = 2048
 _END = 0  # in place of a step's length
@@ -35,18 +35,36 @@ class Leader:
     def load(self, weights: Weights) -> None:
         self._runner.load(weights)
 
+    @property
+    def starts_ahead(self) -> bool:
+        """See `base.StartsAhead`."""
+        return starts_ahead(self._runner)
+
     def step(self, batch: StepBatch) -> StepResult:
         _send(self._rank, pack(batch))
         return self._runner.step(batch)
+
+    def start(self, batch: StepBatch) -> Pending:
+        """See `base.StartsAhead`."""
+        assert isinstance(self._runner, StartsAhead), "it says whether it does"
+        _send(self._rank, pack(batch))
+        return self._runner.start(batch)
 
     def close(self) -> None:
         _send(self._rank, np.full(1, _END, np.int32))
 
 
 def follow(runner: Runner, rank: Rank) -> None:
-    """Take part in rank 0's steps until it closes its runner."""
+    """Take part in rank 0's steps until it closes its runner; as it does, start a step before waiting for the last."""
+    pending: Pending | None = None
     for words in _received(rank):
-        runner.step(unpack(words))
+        batch = unpack(words)
+        if not starts_ahead(runner):
+            runner.step(batch)
+            continue
+        before, pending = pending, runner.start(batch)
+        if before is not None:
+            before.result()
 
 
 def pack(batch: StepBatch) -> Words:

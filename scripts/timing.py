@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from ..backends.base import CountsExperts, IntArray, Runner, StepBatch
+from ..backends.base import CountsExperts, IntArray, Runner, StepBatch, starts_ahead
 from ..serving.batch import greedy_sampling
 
 _WARM_UP_STEPS = 2  # the first steps compile, allocate and touch memory
@@ -42,17 +42,40 @@ class Timer:
         return statistics.median(times[1:])
 
     def decode(self, sequences: int, context: int, steps: int) -> float:
-        """Seconds of a step that adds a token to each sequence: the median of ``steps`` from ``context`` tokens on."""
+        """Seconds of a step that adds a token to each sequence: the median of ``steps`` from ``context`` tokens on.
+
+        As the engine does, a runner that can is given each step before the one ahead of it has ended.
+        """
         self._fill(sequences, context)
-        times = []
-        next_ids_B = self._tokens_BT[:sequences, 0]
-        for number in range(_WARM_UP_STEPS + steps):
-            start = time.perf_counter()
-            # Warm-up steps write the slots that the first timed step writes again.
-            position = context + max(0, number - _WARM_UP_STEPS)
-            next_ids_B = self._step(next_ids_B[:, None], 0, position, outputs=1)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[_WARM_UP_STEPS:])
+        # Warm-up steps write the slots that the first timed step writes again.
+        positions = [context] * _WARM_UP_STEPS + [context + number for number in range(steps)]
+        first_B1 = self._tokens_BT[:sequences, :1]
+        ends = self._queued(first_B1, positions) if starts_ahead(self._runner) else self._in_turn(first_B1, positions)
+        times = np.diff(ends)[_WARM_UP_STEPS - 1 :]
+        return statistics.median(times.tolist())
+
+    def _in_turn(self, token_ids_B1: IntArray, positions: list[int]) -> list[float]:
+        """When each step had ended."""
+        ends = []
+        for position in positions:
+            token_ids_B1 = self._step(token_ids_B1, 0, position, outputs=1)[:, None]
+            ends.append(time.perf_counter())
+        return ends
+
+    def _queued(self, token_ids_B1: IntArray, positions: list[int]) -> list[float]:
+        runner, ends = self._runner, []
+        assert starts_ahead(runner)
+        unknown_B1 = -1 - np.arange(len(token_ids_B1), dtype=np.int32)[:, None]
+        pending = runner.start(self._batch(token_ids_B1, 0, positions[0], outputs=1))
+        for position in positions[1:]:
+            following = runner.start(self._batch(unknown_B1, 0, position, outputs=1))
+            token_ids_B1 = pending.result().token_ids_O[:, None]
+            ends.append(time.perf_counter())
+            pending = following
+        pending.result()
+        ends.append(time.perf_counter())
+        self._last = self._batch(token_ids_B1, 0, positions[-1], outputs=1)
+        return ends
 
     def experts_hit(self) -> float | None:
         """Distinct routed experts a layer of the last step, if the runner can tell."""
@@ -74,8 +97,12 @@ class Timer:
 
     def _step(self, tokens_BT: IntArray, sequence: int, position: int, outputs: int) -> IntArray:
         """One step of the sequences from ``sequence`` on."""
+        self._last = self._batch(tokens_BT, sequence, position, outputs)
+        return self._runner.step(self._last).token_ids_O
+
+    def _batch(self, tokens_BT: IntArray, sequence: int, position: int, outputs: int) -> StepBatch:
         count, length = tokens_BT.shape
-        self._last = StepBatch(
+        return StepBatch(
             token_ids_T=np.ascontiguousarray(tokens_BT).reshape(-1),
             query_lens_B=np.full(count, length, np.int32),
             context_lens_B=np.full(count, position, np.int32),
@@ -83,4 +110,3 @@ class Timer:
             num_outputs_B=np.full(count, outputs, np.int32),
             sampling=greedy_sampling(count),
         )
-        return self._runner.step(self._last).token_ids_O

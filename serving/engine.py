@@ -7,12 +7,13 @@ computed, never which one it is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from ..backends.base import Runner, Sampling, StepBatch
+from ..backends.base import Runner, Sampling, StepBatch, StepResult, starts_ahead
 from ..models.errors import InputError
 from .blocks import BlockManager
 from .prompt import Tokenizer
@@ -31,6 +32,14 @@ class EngineLimits:
     prefix_cache: bool = True
     speculative_tokens: int = 0
     replicas: int = 1
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A step that was started, or will be when its result is asked for."""
+
+    chunks: list[Chunk]
+    result: Callable[[], StepResult]
 
 
 class Engine:
@@ -52,6 +61,7 @@ class Engine:
         self._limit_name = "engine.max_seq_len" if limits.max_seq_len <= cache_tokens else "tokens in the KV cache"
         self.max_tokens = min(limits.max_seq_len, cache_tokens)
         self._requests: dict[int, Request] = {}
+        self._ahead: _Running | None = None
         self._ids = itertools.count()
 
     @property
@@ -92,19 +102,35 @@ class Engine:
             self.scheduler.remove(request)
 
     def step(self) -> list[Event]:
-        """Run one forward step; the events of the requests that got a token in it, in order of arrival."""
-        chunks = self.scheduler.schedule()
-        if not chunks:
+        """Run one forward step; the events of the requests that got a token in it, in order of arrival.
+
+        A runner that can is given the step after it, too, before this one ends. A request that ends meanwhile is in
+        that step for nothing.
+        """
+        running = self._ahead or self._start(self.scheduler.schedule())
+        self._ahead = None
+        if running is None:
             return []
-        result = self._runner.step(step_batch(chunks))
+        if starts_ahead(self._runner):
+            self._ahead = self._start(self.scheduler.schedule_ahead(running.chunks))
+        tokens = iter(running.result().token_ids_O.tolist())
         events = []
-        tokens = iter(result.token_ids_O.tolist())
-        for chunk in chunks:
-            yields = chunk.is_last
-            self.scheduler.advance(chunk)
-            if yields:
-                events.append(self._accept(chunk.request, next(tokens)))
+        for chunk in running.chunks:
+            token_id = next(tokens) if chunk.yields else None
+            if chunk.request.request_id not in self._requests:
+                continue
+            self.scheduler.publish(chunk)
+            if token_id is not None:
+                events.append(self._accept(chunk.request, token_id))
         return events
+
+    def _start(self, chunks: list[Chunk]) -> _Running | None:
+        if not chunks:
+            return None
+        batch = step_batch(chunks)
+        if starts_ahead(self._runner):
+            return _Running(chunks, self._runner.start(batch).result)
+        return _Running(chunks, partial(self._runner.step, batch))
 
     def _accept(self, request: Request, token_id: int) -> Event:
         """Add a sampled token to its request, or end the request."""
@@ -143,16 +169,15 @@ class Engine:
 def step_batch(chunks: Sequence[Chunk]) -> StepBatch:
     """The arrays of one step: each request's next tokens, its blocks, and one output where its tokens are complete."""
     requests = [chunk.request for chunk in chunks]
-    token_ids = [r.token_ids[r.computed : r.computed + c.tokens] for r, c in zip(requests, chunks, strict=True)]
     tables_BM = np.zeros((len(chunks), max(len(request.blocks) for request in requests)), np.int32)
     for row_M, request in zip(tables_BM, requests, strict=True):
         row_M[: len(request.blocks)] = request.blocks
     return StepBatch(
-        token_ids_T=np.asarray(list(itertools.chain.from_iterable(token_ids)), np.int32),
+        token_ids_T=np.asarray([token_id for chunk in chunks for token_id in chunk.token_ids], np.int32),
         query_lens_B=np.asarray([chunk.tokens for chunk in chunks], np.int32),
-        context_lens_B=np.asarray([request.computed for request in requests], np.int32),
+        context_lens_B=np.asarray([chunk.start for chunk in chunks], np.int32),
         block_tables_BM=tables_BM,
-        num_outputs_B=np.asarray([chunk.is_last for chunk in chunks], np.int32),
+        num_outputs_B=np.asarray([chunk.yields for chunk in chunks], np.int32),
         sampling=Sampling(
             temperature_B=np.asarray([request.sampling.temperature for request in requests], np.float32),
             top_k_B=np.asarray([request.sampling.top_k for request in requests], np.int32),

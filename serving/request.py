@@ -64,7 +64,7 @@ class Request:
     replica: int = 0  # whose cache has ``blocks``
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # identities of the leading full blocks, see `blocks`
-    computed: int = 0  # leading tokens whose cache entries are in ``blocks``
+    computed: int = 0  # leading tokens whose cache entries are in ``blocks``, or will be when the step that runs ends
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:

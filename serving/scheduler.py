@@ -12,14 +12,23 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next ``tokens`` uncomputed tokens of a request; the last chunk of its tokens yields a new one."""
+    """``tokens`` tokens of a request, from position ``start`` on; the last chunk of its tokens ``yields`` a new one.
+
+    ``output``: the chunk is one token that is not known yet, that output of the step before.
+    """
 
     request: Request
+    start: int
     tokens: int
+    yields: bool
+    output: int | None = None
 
     @property
-    def is_last(self) -> bool:
-        return self.request.computed + self.tokens == len(self.request.token_ids)
+    def token_ids(self) -> list[int]:
+        """As `backends.base.StepBatch` has them."""
+        if self.output is not None:
+            return [-1 - self.output]
+        return self.request.token_ids[self.start : self.start + self.tokens]
 
 
 class Scheduler:
@@ -55,26 +64,39 @@ class Scheduler:
             tokens = min(len(request.token_ids) - request.computed, budget)
             if not self._grow(request, request.computed + tokens):
                 continue
-            chunks.append(Chunk(request, tokens))
+            chunks.append(_next_chunk(request, tokens))
             budget -= tokens
             position += 1
         while budget and self.preemptions == preemptions and (admitted := self._admit()):
             tokens = min(len(admitted.token_ids) - admitted.computed, budget)
-            chunks.append(Chunk(admitted, tokens))
+            chunks.append(_next_chunk(admitted, tokens))
             budget -= tokens
         return chunks
 
-    def advance(self, chunk: Chunk) -> None:
-        """Note that the chunk's cache entries exist now, and let others share the blocks that became full."""
+    def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The step after ``chunks``, which run: the token that each of them yields.
+
+        None of them when that would not be the next step of `schedule`, or might not: a request could be admitted, a
+        prompt has chunks left, or blocks are lacking. Requests that end with the token that they wait for are left out.
+        """
+        can_admit = self.waiting and len(self.running) < self._max_batch
+        outputs = {id(chunk.request): output for output, chunk in enumerate(chunks) if chunk.yields}
+        if can_admit or len(outputs) < len(chunks) or not all(id(request) in outputs for request in self.running):
+            return []
+        continued = [request for request in self.running if request.computed + 1 < request.max_tokens]
+        if not all(self._add_blocks(request, request.computed + 1) for request in continued):
+            return []
+        return [_next_chunk(request, 1, outputs[id(request)]) for request in continued]
+
+    def publish(self, chunk: Chunk) -> None:
+        """Let others share the blocks that a finished chunk filled."""
         request, cache = chunk.request, self.caches[chunk.request.replica]
-        size = cache.block_size
-        full_before = request.computed // size
-        request.computed += chunk.tokens
         if not cache.prefix_cache:
             return
-        full = request.computed // size
-        extend_hashes(request.hashes, request.token_ids, request.computed, size)
-        for block, identity in zip(request.blocks[full_before:full], request.hashes[full_before:full], strict=True):
+        end = chunk.start + chunk.tokens
+        extend_hashes(request.hashes, request.token_ids, end, cache.block_size)
+        filled = slice(chunk.start // cache.block_size, end // cache.block_size)
+        for block, identity in zip(request.blocks[filled], request.hashes[filled], strict=True):
             cache.publish(block, identity)
 
     def remove(self, request: Request) -> None:
@@ -112,17 +134,20 @@ class Scheduler:
 
     def _grow(self, request: Request, tokens: int) -> bool:
         """Make room for the first ``tokens`` of a running request; False when it had to give up its own blocks."""
-        cache = self.caches[request.replica]
-        missing = cache.blocks_for(tokens) - len(request.blocks)
-        if missing <= 0:
-            return True
-        while (added := cache.allocate(missing)) is None:
+        while not self._add_blocks(request, tokens):
             victim = next(other for other in reversed(self.running) if other.replica == request.replica)
             self._preempt(victim)
             if victim is request:
                 return False
-        request.blocks += added
         return True
+
+    def _add_blocks(self, request: Request, tokens: int) -> bool:
+        """Make room for the first ``tokens`` of a request if enough blocks are free."""
+        cache = self.caches[request.replica]
+        missing = cache.blocks_for(tokens) - len(request.blocks)
+        added = cache.allocate(missing) if missing > 0 else []
+        request.blocks += added or []
+        return added is not None
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -130,3 +155,9 @@ class Scheduler:
         request.blocks, request.computed = [], 0
         self.waiting.appendleft(request)
         self.preemptions += 1
+
+
+def _next_chunk(request: Request, tokens: int, output: int | None = None) -> Chunk:
+    start = request.computed
+    request.computed += tokens
+    return Chunk(request, start, tokens, output is not None or request.computed == len(request.token_ids), output)

@@ -4,10 +4,12 @@ Tolerances are medians over tokens of the relative norm of logits: rounding can 
 experts differ differs by as much as it likes.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from deepspan.backends.base import CountsExperts
+from deepspan.backends.base import CountsExperts, starts_ahead
 from deepspan.models.params import parameters
 from deepspan.models.quant import dequant_fp8_blocks
 from deepspan.models.quantise import quantise_fp8_blocks
@@ -93,6 +95,36 @@ def test_padding_of_a_decode_step_changes_nothing(dtype):
     three = step(runner, [(i, 6, tokens[i][6:]) for i in range(3)])
     np.testing.assert_array_equal(three.logits_OV, four.logits_OV[:3])
     assert three.token_ids_O.tolist() == three.logits_OV.argmax(axis=1).tolist()
+
+
+def test_steps_may_be_started_before_the_last_one_has_ended():
+    """Tokens of two sequences, one of which ends, given as outputs of the step before: prompts, decoding, a mixture."""
+    spec, values = SPECS["v3"], random_weights(SPECS["v3"])
+    prompts = [random_tokens(spec, 6, seed) for seed in range(3)]
+    plan = [  # (sequence, context, tokens, the output that they are)
+        [(0, 0, prompts[0], None), (1, 0, prompts[1], None)],
+        [(0, 6, None, 0), (1, 6, None, 1)],
+        [(1, 7, None, 1), (0, 7, None, 0)],
+        [(1, 8, None, 0), (2, 0, prompts[2], None)],
+        [(2, 6, None, 1)],
+    ]
+    runner, one_by_one = (loaded(spec, values, "bf16") for _ in range(2))
+    assert starts_ahead(runner)
+    pending, last_O, wanted, got = None, None, [], []
+    for pieces in plan:
+        unknown = [(i, at, np.array([-1 - o]) if new is None else new) for i, at, new, o in pieces]
+        known = [(i, at, last_O[[o]] if new is None else new) for i, at, new, o in pieces]
+        last_O = one_by_one.step(last_outputs(known)).token_ids_O
+        wanted.append(last_O.tolist())
+        started = runner.start(last_outputs(unknown))
+        if pending is not None:
+            got.append(pending.result().token_ids_O.tolist())
+        pending = started
+    assert [*got, pending.result().token_ids_O.tolist()] == wanted
+
+
+def last_outputs(pieces):
+    return replace(step_batch(pieces), num_outputs_B=np.ones(len(pieces), np.int32), return_logits=False)
 
 
 def test_drafts_follow_those_of_the_cpu():

@@ -23,6 +23,7 @@ from deepspan.backends.torch_triton.kernels import (
     absorb,
     best,
     chips,
+    embed,
     entries,
     experts,
     few_rows,
@@ -219,8 +220,9 @@ def launch_prompts(chip: chips.Chip) -> None:
                 grouped.one_matrix(x, weight)
 
 
-def launch_best(chip: chips.Chip) -> None:
+def launch_tokens(chip: chips.Chip) -> None:
     best.best(empty(8, 129280, dtype=torch.float32))
+    embed.embed(empty(8, dtype=torch.int32), empty(8, dtype=torch.int32), empty(129280, 7168))
 
 
 def main(name: str) -> None:
@@ -228,7 +230,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     modules = (
         quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
-        best,
+        best, embed,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip
@@ -238,7 +240,7 @@ def main(name: str) -> None:
     JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)
     launchers = (
         launch_quant, launch_few_rows, launch_experts, launch_router, launch_mla, launch_around_attention,
-        launch_prompts, launch_best,
+        launch_prompts, launch_tokens,
     )  # fmt: skip
     for launch in launchers:
         launch(chip)

@@ -9,9 +9,18 @@ from deepspan.serving.request import SamplingParams, request_seed
 from tests.serving.toy import VOCAB, ToyRunner, greedy
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "ahead"])
+def _starts_ahead(request, monkeypatch):
+    """Everything holds for runners that take a step before the last one has ended, and for those that do not."""
+    monkeypatch.setattr("tests.serving.test_engine.STARTS_AHEAD", request.param)
+
+
+STARTS_AHEAD = False
+
+
 def make_engine(kv_blocks=64, block_size=4, **limits):
     limits = {"max_batch": 8, "max_seq_len": 64, "max_batch_tokens": 32, **limits}
-    runner = ToyRunner(kv_blocks, block_size)
+    runner = ToyRunner(kv_blocks, block_size, STARTS_AHEAD)
     return Engine(runner, VOCAB, EngineLimits(**limits)), runner
 
 
@@ -118,9 +127,35 @@ def test_decode_and_prefill_chunks_share_a_step_within_the_budget():
     engine.add_request(list(range(15)), SamplingParams(), 2)
     drain(engine)
     lengths = [step.query_lens_B.tolist() for step in runner.steps]
-    assert lengths[1:4] == [[1, 5], [1, 5], [1, 5]]
-    assert [step.num_outputs_B.tolist() for step in runner.steps[1:4]] == [[1, 0], [1, 0], [1, 1]]
+    first = lengths.index([1, 5])
+    assert lengths[first : first + 3] == [[1, 5], [1, 5], [1, 5]]
+    assert [step.num_outputs_B.tolist() for step in runner.steps[first : first + 3]] == [[1, 0], [1, 0], [1, 1]]
     assert max(map(sum, lengths)) <= 6
+
+
+@pytest.mark.parametrize("kv_blocks", [64, 11])
+def test_requests_come_stop_and_are_aborted_at_any_time(kv_blocks):
+    """Each gets its own tokens up to its stop token, and every block comes back."""
+    rng = np.random.default_rng(kv_blocks)
+    engine, runner = make_engine(kv_blocks, max_batch=4, max_batch_tokens=9)
+    expected, got, aborted = {}, {}, set()
+    for prompt in prompts(40, seed=1):
+        stop = int(rng.integers(VOCAB))
+        request_id = engine.add_request(prompt, SamplingParams(), 15, frozenset({stop}))
+        answer = greedy(prompt, 15)
+        expected[request_id] = answer[: answer.index(stop)] if stop in answer else answer
+        for _ in range(rng.integers(6)):
+            for event in engine.step():
+                got.setdefault(event.request_id, []).extend(event.token_ids)
+        if rng.random() < 0.2:
+            aborted.add(request_id)
+            engine.abort(request_id)
+    for request_id, (tokens, _) in drain(engine).items():
+        got.setdefault(request_id, []).extend(tokens)
+    for request_id in expected.keys() - aborted:
+        assert got[request_id] == expected[request_id]
+    assert all(cache.free_blocks == cache.num_blocks for cache in engine.scheduler.caches)
+    assert runner.most_unfinished == (2 if runner.starts_ahead else 0)
 
 
 def test_first_come_first_served_and_max_batch():

@@ -4,19 +4,26 @@ Any slip in scheduling (a block given away too early, a chunk at the wrong offse
 """
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
-from deepspan.backends.base import StepBatch, StepResult, output_rows
+from deepspan.backends.base import Pending, StepBatch, StepResult, output_rows
 from deepspan.models.sampling import sample
 
 VOCAB = 50
 
 
 class ToyRunner:
-    def __init__(self, kv_blocks: int = 64, block_size: int = 4):
+    """``starts_ahead``: it takes a step before the one ahead of it was waited for."""
+
+    def __init__(self, kv_blocks: int = 64, block_size: int = 4, starts_ahead: bool = False):
         self.kv_blocks = kv_blocks
         self.block_size = block_size
+        self.starts_ahead = starts_ahead
+        self.most_unfinished = 0
+        self._unfinished = 0
+        self._last_O = np.zeros(0, np.int32)
         self.steps: list[StepBatch] = []
         self._cache = np.full((kv_blocks, block_size), -1)
 
@@ -26,7 +33,18 @@ class ToyRunner:
     def close(self) -> None:
         return None
 
+    def start(self, batch: StepBatch) -> Pending:
+        assert self.starts_ahead
+        known_T = batch.token_ids_T.copy()
+        known_T[known_T < 0] = self._last_O[-1 - known_T[known_T < 0]]
+        result = self.step(replace(batch, token_ids_T=known_T))
+        self._last_O = result.token_ids_O
+        self._unfinished += 1
+        self.most_unfinished = max(self.most_unfinished, self._unfinished)
+        return Started(self, result)
+
     def step(self, batch: StepBatch) -> StepResult:
+        assert (batch.token_ids_T >= 0).all()
         self.steps.append(batch)
         contexts = []
         start = 0
@@ -53,6 +71,15 @@ class ToyRunner:
             chosen.seed_B[sequence_O],
         )
         return StepResult(tokens_O, logits_OV if batch.return_logits else None)
+
+
+class Started:
+    def __init__(self, runner: ToyRunner, result: StepResult):
+        self._runner, self._result = runner, result
+
+    def result(self) -> StepResult:
+        self._runner._unfinished -= 1
+        return self._result
 
 
 def logits(context: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Decode steps of fixed sizes, recorded once and replayed: the host starts a step with one call.
+"""Decode steps of fixed sizes, recorded once and replayed: the host starts a step with one call, and may start the next
+one before it has seen what came of it.
 
 A step of B sequences runs in the smallest recorded size that holds them. Recording happens at the first use of a size;
 `warm_up` does it for all sizes of the run at load.
@@ -8,6 +9,7 @@ Shape letters: B sequences, Q new tokens of each, O = B Q outputs, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +23,7 @@ from .inputs import DecodeBuffers
 from .model import Model
 from .sampling import Draw, draw
 
-
-class Outputs(NamedTuple):
-    """Of the last step, with rows for padding; the next one overwrites them."""
-
-    token_ids_O: NDArray[np.int32]  # on the host
-    logits_OV: Tensor | None  # float32, on the device; the last pipeline stage has them
+_UNFINISHED = 2  # steps that may be on their way
 
 
 class Size(NamedTuple):
@@ -59,12 +56,10 @@ class DecodeSteps:
         for count in reversed(self._sizes):
             self._step(Size(count, 1, Draw.GREEDY))
 
-    def run(self, batch: StepBatch, sequences: int, queries: int, how: Draw) -> Outputs:
-        """Run the step, of at most ``sequences``, and wait for its tokens. Every rank runs the same size."""
+    def start(self, batch: StepBatch, sequences: int, queries: int, how: Draw) -> Started:
+        """Queue the step, of at most ``sequences``. Every rank runs the same size."""
         count = next(size for size in self._sizes if size >= sequences)
-        step = self._step(Size(count, queries, how))
-        step.buffers.fill(batch, self._block_size)
-        return step.run()
+        return self._step(Size(count, queries, how)).start(batch, self._block_size)
 
     def _step(self, size: Size) -> DecodeStep:
         if size not in self._steps:
@@ -77,25 +72,26 @@ class DecodeSteps:
 
 
 class DecodeStep:
-    """One size: its buffers, and the forward pass over them, transfers in both directions included."""
+    """One size: its inputs on the device, and the forward pass over them."""
 
     def __init__(self, model: Model, buffers: DecodeBuffers, how: Draw):
-        self.buffers = buffers
+        self._buffers = buffers
         self._model = model
         self._how = how
-        tokens = buffers.sequences * buffers.queries
-        self._token_ids_O = torch.zeros(tokens, dtype=torch.int32, pin_memory=buffers.device.type != "cpu")
+        self._last_O = model.last_O[: buffers.sequences * buffers.queries]
+        self._turns = itertools.cycle([Turn(buffers, self._last_O) for _ in range(_UNFINISHED)])
         self._recorded: tuple[Any, Tensor | None] | None = None
 
-    def run(self) -> Outputs:
+    def start(self, batch: StepBatch, block_size: int) -> Started:
+        turn = next(self._turns)
+        turn.begin(batch, block_size)
         if self._recorded is None:
             logits_OV = self._forward()
         else:
             graph, logits_OV = self._recorded
             graph.replay()
-        if self.buffers.device.type != "cpu":
-            torch.get_device_module(self.buffers.device).current_stream().synchronize()
-        return Outputs(self._token_ids_O.numpy(), logits_OV)
+        turn.end(self._last_O)
+        return Started(turn, len(batch.token_ids_T), logits_OV)
 
     def record(self, device: torch.device, pool: Any) -> None:
         """After a first run, which compiles kernels and allocates what outlives a step."""
@@ -108,10 +104,47 @@ class DecodeStep:
         self._recorded = graph, logits_OV
 
     def _forward(self) -> Tensor | None:
-        self.buffers.send()
-        stream = self._model.hidden(self.buffers.step)
+        stream = self._model.hidden(self._buffers.step)
         if not self._model.is_last_stage:
             return None
         logits_OV = self._model.logits(stream)
-        self._token_ids_O.copy_(draw(logits_OV, self.buffers.sampling, self._how), non_blocking=True)
+        self._last_O.copy_(draw(logits_OV, self._buffers.sampling, self._how))
         return logits_OV
+
+
+class Turn:
+    """What a started step needs on the host until it has ended."""
+
+    def __init__(self, buffers: DecodeBuffers, last_O: Tensor):
+        self._on_gpu = last_O.device.type != "cpu"
+        self._inputs = buffers.host()
+        self.token_ids_O = torch.zeros(len(last_O), dtype=torch.int32, pin_memory=self._on_gpu)
+        self._ended = torch.get_device_module(last_O.device).Event() if self._on_gpu else None
+
+    def begin(self, batch: StepBatch, block_size: int) -> None:
+        self.wait()
+        self._inputs.fill(batch, block_size)
+        self._inputs.send()
+
+    def end(self, last_O: Tensor) -> None:
+        self.token_ids_O.copy_(last_O, non_blocking=True)
+        if self._ended is not None:
+            self._ended.record()
+
+    def wait(self) -> None:
+        """For the end of the step that had this turn last, if any."""
+        if self._ended is not None:
+            self._ended.synchronize()
+
+
+class Started(NamedTuple):
+    """A step that was queued. Of its size, the one after the next overwrites its tokens, the next its logits."""
+
+    turn: Turn
+    outputs: int
+    logits_OV: Tensor | None  # float32, on the device, with rows for padding; the last pipeline stage has them
+
+    def token_ids_O(self) -> NDArray[np.int32]:
+        """When it has ended, on the host."""
+        self.turn.wait()
+        return self.turn.token_ids_O[: self.outputs].numpy().copy()

@@ -150,24 +150,14 @@ def _prompts(batch: StepBatch, sequences: list[int], block_size: int, device: to
 
 
 class DecodeBuffers:
-    """The inputs of a decode step of fixed size, at fixed addresses: written on the host, sent in one transfer.
-
-    Rows past the batch are padding: they write nothing, see nothing, and their tokens are not read.
-    """
+    """The inputs of a decode step of fixed size, at fixed addresses on the device."""
 
     def __init__(self, sequences: int, queries: int, width: int, longest: int, device: torch.device):
         self.sequences, self.queries, self.device = sequences, queries, device
         tokens = sequences * queries
-        sizes = [tokens] * 7 + [sequences, sequences * width]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type != "cpu")
-        self._device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        parts = [part.numpy() for part in self._host.split(sizes)]
-        self._token_ids_T, self._positions_T, self._slots_T = parts[:3]
-        self._sampling_T = parts[3:7]
-        self._lengths_B, self._table_BM = parts[7], parts[8].reshape(sequences, width)
-        self._slots_T[:] = -1
-        self._filled = 0
-        token_ids, positions, slots, *sampling, lengths, table = self._device.split(sizes)
+        self._sizes = [tokens] * 7 + [sequences, sequences * width]
+        self._held = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
+        token_ids, positions, slots, *sampling, lengths, table = self._held.split(self._sizes)
         decode = Absorbed(slice(None), table.view(sequences, width), lengths, longest)
         self.step = Step(token_ids, positions, slots, decode)
         temperature, top_k, top_p, seed = sampling
@@ -175,11 +165,33 @@ class DecodeBuffers:
             positions, temperature.view(torch.float32), top_k, top_p.view(torch.float32), seed
         )
 
+    def host(self) -> HostInputs:
+        """Room for them on the host."""
+        return HostInputs(self._held, self._sizes, self.queries)
+
+
+class HostInputs:
+    """The inputs of a decode step, written on the host and sent in one transfer.
+
+    Rows past the batch are padding: they write nothing, see nothing, and their tokens are not read.
+    """
+
+    def __init__(self, device_words: Tensor, sizes: list[int], queries: int):
+        self._device_words, self._queries = device_words, queries
+        self._words = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device_words.device.type != "cpu")
+        parts = [part.numpy() for part in self._words.split(sizes)]
+        self._token_ids_T, self._positions_T, self._slots_T = parts[:3]
+        self._sampling_T = parts[3:7]
+        self._lengths_B, self._table_BM = parts[7], parts[8].reshape(sizes[7], -1)
+        self._slots_T[:] = -1
+        self._filled = 0
+
     def fill(self, batch: StepBatch, block_size: int) -> None:
-        """Take ``batch`` as the host's copy. What was sent before must have arrived."""
+        """Take ``batch``. What was sent before must have arrived."""
         tokens, sequences = len(batch.token_ids_T), len(batch.query_lens_B)
         self._token_ids_T[:tokens] = batch.token_ids_T
         self._positions_T[:tokens], self._slots_T[:tokens] = positions_and_slots(batch, block_size)
+        self._token_ids_T[tokens : self._filled] = 0
         self._slots_T[tokens : self._filled] = -1
         self._lengths_B[:sequences] = batch.context_lens_B + batch.query_lens_B
         self._lengths_B[sequences:] = 0
@@ -190,11 +202,11 @@ class DecodeBuffers:
         if (chosen.temperature_B > 0).any():  # otherwise nothing reads the numbers
             numbers = chosen.temperature_B, chosen.top_k_B, chosen.top_p_B, chosen.seed_B
             for part, values_B in zip(self._sampling_T, numbers, strict=True):
-                part[:tokens] = np.repeat(values_B, self.queries).view(np.int32)
+                part[:tokens] = np.repeat(values_B, self._queries).view(np.int32)
 
     def send(self) -> None:
         """To the device, after all that was started before."""
-        self._device.copy_(self._host, non_blocking=True)
+        self._device_words.copy_(self._words, non_blocking=True)
 
 
 @dataclass(frozen=True)

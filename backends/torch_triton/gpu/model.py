@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ....models.rope import rope_tables
 from ....models.sharding import stage_layers
+from ..kernels.embed import embed
 from ..kernels.quant import Normed
 from ..kernels.rope_cache import Tables
 from ..kernels.router import Choice, Scratch, choose_experts, scratch
@@ -47,6 +48,7 @@ class Model:
     """A pipeline stage's layers. The last stage has the head and, when the weights have one, the MTP layer.
 
     At most ``max_tokens`` run in a step, which writes ``cache_LCZE``, of this stage: what fits beside the weights.
+    ``last_O``, int32 [max_tokens]: the outputs of the step before, for tokens that are given as its outputs.
     """
 
     cache_LCZE: Tensor
@@ -60,6 +62,7 @@ class Model:
         self._device = source.device
         self._stages = mesh.pp
         self.is_last_stage = mesh.is_last_stage
+        self.last_O = torch.zeros(max_tokens, dtype=torch.int32, device=source.device)
         self._embedding = Embedding(source, "model.embed_tokens.weight") if mesh.is_first_stage else None
         self._blocks = [Block(loader, layer, rope, room) for layer in stage_layers(spec, mesh.grid, mesh.pp.index)]
         self._head = Head(loader, "model.norm.weight", "lm_head.weight") if mesh.is_last_stage else None
@@ -77,7 +80,7 @@ class Model:
     def _first(self, step: Step) -> Tensor:
         """What this stage begins with: the embedded tokens, or what the stage before sends."""
         if self._embedding is not None:
-            return self._embedding(step.token_ids_T)
+            return self._embedding(step.token_ids_T, self.last_O)
         shape = len(step.token_ids_T), self._spec.hidden_size
         return self._stages.receive(torch.empty(shape, dtype=torch.bfloat16, device=self._device))
 
@@ -103,7 +106,8 @@ class Model:
         normed = self._head.norm(*stream)
         hidden_TD = _plain(normed) if self._spec.mtp_hidden == "post_norm" else normed.residual
         assert hidden_TD is not None, "a norm returns the sum"
-        return self._mtp(hidden_TD, next_ids_T, rows_O, step, self.cache_LCZE[len(self._blocks)])
+        next_TD = self._mtp.embedding(next_ids_T, self.last_O)
+        return self._mtp(hidden_TD, next_TD, rows_O, step, self.cache_LCZE[len(self._blocks)])
 
 
 class Embedding:
@@ -114,13 +118,9 @@ class Embedding:
         self._first = source.first_row(name)
         self._rows_ND = source.plain(name)
 
-    def __call__(self, token_ids_T: Tensor) -> Tensor:
-        if self._ranks.size == 1:
-            return F.embedding(token_ids_T, self._rows_ND)
-        row_T = token_ids_T - self._first
-        here_T = (row_T >= 0) & (row_T < len(self._rows_ND))
-        x_TD = F.embedding(row_T.where(here_T, 0), self._rows_ND)
-        return self._ranks.total(x_TD.where(here_T[:, None], 0))
+    def __call__(self, token_ids_T: Tensor, last_O: Tensor) -> Tensor:
+        """BF16 [T, D]; see `kernels.embed`."""
+        return self._ranks.total(embed(token_ids_T, last_O, self._rows_ND, self._first))
 
 
 class Head:
@@ -231,16 +231,17 @@ class MTP:
     def __init__(self, loader: Loader, rope: Tables, room: Scratch):
         spec, source = loader.spec, loader.source
         prefix = f"model.layers.{spec.num_hidden_layers}"
-        self._embedding = Embedding(source, f"{prefix}.embed_tokens.weight")
+        self.embedding = Embedding(source, f"{prefix}.embed_tokens.weight")
         self._embedding_norm = loader.plain_norm(f"{prefix}.enorm.weight")
         self._hidden_norm = loader.plain_norm(f"{prefix}.hnorm.weight")
         self._projection = source.plain(f"{prefix}.eh_proj.weight")
         self._block = Block(loader, spec.num_hidden_layers, rope, room)
         self._head = Head(loader, f"{prefix}.shared_head.norm.weight", f"{prefix}.shared_head.head.weight")
 
-    def __call__(self, hidden_TD: Tensor, next_ids_T: Tensor, rows_O: Tensor, step: Step, cache_CZE: Tensor) -> Tensor:
-        embedding_TD = self._embedding_norm(self._embedding(next_ids_T))
-        joined = torch.cat([_plain(embedding_TD), _plain(self._hidden_norm(hidden_TD))], dim=1)
+    def __call__(self, hidden_TD: Tensor, next_TD: Tensor, rows_O: Tensor, step: Step, cache_CZE: Tensor) -> Tensor:
+        """``next_TD``: the embedded next tokens."""
+        normed = self._embedding_norm(next_TD), self._hidden_norm(hidden_TD)
+        joined = torch.cat([_plain(part) for part in normed], dim=1)
         stream = self._block(Stream(F.linear(joined, self._projection), None), step, cache_CZE)
         return self._head(stream.rows(rows_O))
 

@@ -9,6 +9,7 @@ Shape letters as in `backends.base`; T tokens with padding, O outputs.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from ....configs.schema import RunConfig
 from ....models.errors import InputError
 from ....models.sharding import check_divides, stage_layers
 from ....models.spec import ModelSpec
-from ...base import StepBatch, StepResult, Weights, next_tokens, output_rows
+from ...base import Pending, StepBatch, StepResult, Weights, next_tokens, output_rows
 from ...limits import check_supported
 from ..cache import empty_cache
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
 from ..rank import TorchRank
 from ..replicas import Share, share_of, whole_result
-from .graphs import DecodeSteps
+from .graphs import DecodeSteps, Started
 from .inputs import Step, mixed_step, same_queries, sampling_numbers
 from .loader import Loader
 from .model import Model
@@ -79,15 +80,28 @@ class GpuRunner:
             return DrawnTensors(self.spec, _SEED, self._device, self._mesh)
         return StoredTensors(self.spec, weights, self._device, self._mesh)
 
-    @torch.inference_mode()
+    @property
+    def starts_ahead(self) -> bool:
+        """Where every rank has all outputs on its own device."""
+        return self._mesh.dp.size == self._mesh.pp.size == 1
+
     def step(self, batch: StepBatch) -> StepResult:
+        return self.start(batch).result()
+
+    @torch.inference_mode()
+    def start(self, batch: StepBatch) -> Pending:
+        """Decode steps are queued; others have run when this returns, as does one whose logits are asked for."""
         if batch.draft and not self._has_mtp:
             raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
         share = share_of(batch, self._mesh, self._replica_blocks)
         queries = None if batch.draft else same_queries(batch)
         how = draw_of(batch.sampling)
-        own = self._mixed(share, how) if queries is None else self._decoded(share, queries, how)
-        return whole_result(share, own, self._mesh, self.spec.vocab_size)
+        if queries is None:
+            return Done(whole_result(share, self._mixed(share, how), self._mesh, self.spec.vocab_size))
+        started = self._decode.start(share.batch, max(share.tokens) // queries, queries, how)
+        if self.starts_ahead and not batch.return_logits:
+            return Queued(started)
+        return Done(whole_result(share, self._decoded(share, started), self._mesh, self.spec.vocab_size))
 
     @torch.inference_mode()
     def experts_hit(self, batch: StepBatch) -> list[int]:
@@ -101,14 +115,12 @@ class GpuRunner:
         self._model = None
         del self._decode
 
-    def _decoded(self, share: Share, queries: int, how: Draw) -> StepResult | None:
+    def _decoded(self, share: Share, started: Started) -> StepResult | None:
         """This replica's outputs, on the last stage."""
-        batch = share.batch
-        token_ids_O, logits_OV = self._decode.run(batch, max(share.tokens) // queries, queries, how)
-        if logits_OV is None:
+        if started.logits_OV is None:
             return None
-        count = len(batch.token_ids_T)
-        return StepResult(token_ids_O[:count].copy(), logits_OV[:count].cpu().numpy() if batch.return_logits else None)
+        logits_OV = started.logits_OV[: started.outputs].cpu().numpy() if share.batch.return_logits else None
+        return StepResult(started.token_ids_O(), logits_OV)
 
     def _mixed(self, share: Share, how: Draw) -> StepResult | None:
         """This replica's outputs, on the last stage."""
@@ -126,6 +138,7 @@ class GpuRunner:
         if len(rows_O):
             logits_OV = model.logits(stream.rows(device_rows_O))
             token_ids_O = draw(logits_OV, numbers, how)
+            model.last_O[: len(rows_O)] = token_ids_O
         token_ids = token_ids_O.cpu().numpy()
         draft_OV = None
         if batch.draft:
@@ -147,6 +160,22 @@ class GpuRunner:
     def _no_outputs(self) -> tuple[Tensor, Tensor]:
         logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
         return logits_OV, torch.empty(0, dtype=torch.int32, device=self._device)
+
+
+@dataclass(frozen=True)
+class Queued:
+    started: Started
+
+    def result(self) -> StepResult:
+        return StepResult(self.started.token_ids_O())
+
+
+@dataclass(frozen=True)
+class Done:
+    step_result: StepResult
+
+    def result(self) -> StepResult:
+        return self.step_result
 
 
 def _check_shapes(spec: ModelSpec) -> None:
