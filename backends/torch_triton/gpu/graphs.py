@@ -94,9 +94,11 @@ class DecodeStep:
         return Started(turn, len(batch.token_ids_T), logits_OV)
 
     def record(self, device: torch.device, pool: Any) -> None:
-        """After a first run, which compiles kernels and allocates what outlives a step."""
+        """After a first run, which compiles kernels and allocates what outlives a step; outputs of others stay."""
         gpu = torch.get_device_module(device)
+        outputs_O = self._last_O.clone()
         self._forward()
+        self._last_O.copy_(outputs_O)
         gpu.synchronize()
         graph = gpu.CUDAGraph()
         with gpu.graph(graph, pool=pool):
