@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.schema import RunConfig
+from ..models.holding import Held, held_as
 from ..models.quant import StoredInt4
 from ..models.spec import ModelSpec
 
@@ -41,6 +42,9 @@ class Weights(Protocol):
 
     def format(self, name: str) -> str:
         """How a parameter is stored: `convert.storage.Stored.format` lists the values."""
+
+    def group_size(self, name: str) -> int | None:
+        """Input channels that share a scale in a weight that is stored in a 4-bit format, else None."""
 
     def fp8_blocks(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
@@ -73,6 +77,11 @@ class Weights(Protocol):
         The scale, the offset, and what is added to the sums of products [out] for it; None there when that follows from
         the codes: -offset times their sum. None when activations are quantised as they come.
         """
+
+
+def stored_as(weights: Weights) -> dict[str, Held]:
+    """How each parameter would be held as it is stored."""
+    return {name: held_as(weights.format(name), weights.group_size(name)) for name in weights.names()}
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ class Runner(Protocol):
 
     kv_blocks: int  # blocks in the cache; known after load
     block_size: int  # tokens a block
-    dtype: str  # how linear weights are held: fp32, bf16, fp8, w8a8 or int4
+    dtype: str  # how linear weights are held: fp32, bf16, fp8, w8a8 or int4; known after load
     kv_dtype: str  # how the cache is held: fp32, bf16 or fp8
 
     def load(self, weights: Weights) -> None:

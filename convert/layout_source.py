@@ -44,6 +44,9 @@ class LayoutSource:
         """The precision in which values are given."""
         return "bf16"
 
+    def group_size(self, name: str) -> None:
+        """None: the layouts hold no 4-bit weights."""
+
     def fp8_blocks(self, name: str, rows: Range | None = None, cols: Range | None = None) -> None:
         """None: the layouts hold no FP8."""
 

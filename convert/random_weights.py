@@ -40,6 +40,9 @@ class RandomWeights:
         """The precision in which values are exact."""
         return self._params[name].dtype.lower()
 
+    def group_size(self, name: str) -> None:
+        """None: the values are plain."""
+
     def bytes_as(self, dtype: str) -> int:
         """Memory of all parameters held as "f32" or "bf16"."""
         return sum(param.size for param in self._params.values()) * result_dtype(dtype).itemsize
@@ -58,7 +61,7 @@ class RandomWeights:
         return window if cols is None else np.ascontiguousarray(window[:, slice(*cols)])
 
     def fp8_blocks(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> None:
-        """None: the values are plain."""
+        """None, too."""
 
     def int8_channels(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None

@@ -48,6 +48,10 @@ class CheckpointWeights:
         """How the parameter is stored; `storage.Stored.format` lists the values."""
         return self.stored(name).format
 
+    def group_size(self, name: str) -> int | None:
+        """Input channels that share a scale in a weight that is stored in a 4-bit format, else None."""
+        return self.stored(name).group_size
+
     def stored(self, name: str) -> Stored:
         """Format, block or group size and tensors of a parameter."""
         return self._stored[self.shared.get(name, name)]

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .costs import LINEAR_BYTES, cache_bytes, distinct_experts
+from .costs import cache_bytes, distinct_experts
 from .errors import InputError
+from .holding import Holding, check_groups, shard_bytes
 from .sharding import Grid, Shard, check_divides, shards, stage_layers
 from .spec import ModelSpec
 
@@ -16,9 +17,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Precision:
-    """How values are held: linear weights (a key of `costs.LINEAR_BYTES`) and the cache ("fp32", "bf16" or "fp8")."""
+    """How values are held: linear weights, and the cache ("fp32", "bf16" or "fp8")."""
 
-    weights: str
+    weights: Holding
     cache: str
 
 
@@ -64,32 +65,31 @@ def plan_stages(
 ) -> Iterator[StagePlan]:
     """The plan of every pipeline stage. ``tokens`` run in a step at most, ``outputs`` of them get logits.
 
-    Raises InputError for degrees that do not divide the model, or not between FP8 scale blocks.
+    Raises InputError for degrees that do not divide the model, or not between FP8 scale blocks or INT4 groups.
     """
     check_divides(spec, grid)
     for stage in range(grid.pp):
         first = stage * grid.stage_ranks
         held = list(shards(spec, grid, first, mtp))
-        if precision.weights == "fp8":
+        if precision.weights.dtype == "fp8":
             _check_blocks(spec, held)
+        check_groups(held, precision.weights)
         layers = stage_layers(spec, grid, stage)
         cached = len(layers) + (spec.num_nextn_predict_layers if mtp and stage == grid.pp - 1 else 0)
         yield StagePlan(
             range(first, first + grid.stage_ranks),
             layers,
-            _weight_bytes(held, precision.weights),
+            weight_bytes(held, precision.weights),
             cached * cache_bytes(spec, precision.cache),
             activation_bytes(spec, grid, tokens, outputs),
         )
 
 
-def _weight_bytes(held: Iterable[Shard], dtype: str) -> dict[str, int]:
-    plain = 4 if dtype == "fp32" else 2
+def weight_bytes(held: Iterable[Shard], holding: Holding) -> dict[str, int]:
+    """Bytes of a rank's parts of parameters by `Param.group`."""
     total: Counter[str] = Counter()
     for shard in held:
-        param = shard.param
-        width = LINEAR_BYTES[dtype] if param.quantised else 4 if param.dtype == "F32" else plain
-        total[param.group] += round(shard.size * width)
+        total[shard.param.group] += shard_bytes(shard, holding)
     return dict(total)
 
 

@@ -133,7 +133,7 @@ def open_run(run: RunConfig) -> Session:
         run = _fit_to_model(run, spec)
         tokenizer = _tokenizer(run, spec)
         stop_tokens = _stop_tokens(run, spec, tokenizer)
-        weights = _open_weights(opened, run, spec, checkpoint)
+        weights = open_weights(opened, run, spec, checkpoint)
         backend = backends.load(run.backend)
         rank = backend.start(run)
         runner = backend.build(spec, run, rank)
@@ -150,7 +150,8 @@ def open_run(run: RunConfig) -> Session:
         return Session(run, spec, rank, runner, tokenizer, stop_tokens, opened.pop_all())
 
 
-def _open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint: Checkpoint | None) -> Weights:
+def open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint: Checkpoint | None) -> Weights:
+    """What a run loads from; ``opened`` closes it."""
     if checkpoint is None:
         return RandomWeights(spec, RANDOM_SEED)
     if is_mindspore(checkpoint):
@@ -182,6 +183,9 @@ class CountedWeights:
 
     def format(self, name: str) -> str:
         return self._weights.format(name)
+
+    def group_size(self, name: str) -> int | None:
+        return self._weights.group_size(name)
 
     def fp8_blocks(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None

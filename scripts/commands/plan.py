@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...backends.base import stored_as
 from ...configs.schema import RunConfig
+from ...convert.checkpoint import Checkpoint
 from ...models.capacity import GIB, Precision, StagePlan, decode_bytes_of_rank, plan_stages
 from ...models.catalog import load_spec
 from ...models.errors import InputError
+from ...models.holding import GROUPS, Held, Holding
+from ...models.params import parameters
 from ...models.sharding import Grid
 from ...models.spec import ModelSpec
 from ..launching import check_ranks
 from ..options import add_run
-from ..runtime import model_spec, note, read_run
+from ..runtime import model_spec, note, open_weights, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,15 +62,33 @@ class Deployment:
     @classmethod
     def of(cls, config: RunConfig, spec: ModelSpec) -> Deployment:
         grid = check_ranks(config)
-        weights = (
-            config.dtype if config.dtype != "auto" else "fp8" if spec.fp8 and config.device != "ascend" else "bf16"
-        )
+        weights = _holding(config, spec)
         cache = config.engine.kv_dtype
         if cache == "auto":
-            cache = "fp32" if weights == "fp32" else "bf16"
+            cache = "fp32" if weights.dtype == "fp32" else "bf16"
         memory = config.engine.device_memory_gib
         budget = None if memory is None else int(memory * GIB * config.engine.memory_fraction)
         return cls(grid, Precision(weights, cache), budget)
+
+
+def _holding(config: RunConfig, spec: ModelSpec) -> Holding:
+    """How the devices hold linear weights: by the checkpoint's headers, where it is there and they matter."""
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "fp8" if spec.fp8 and config.device != "ascend" else "bf16"
+    if dtype != "int4" or config.model.weights == "random":
+        return Holding(dtype)
+    return Holding(dtype, _stored(config, spec))
+
+
+def _stored(config: RunConfig, spec: ModelSpec) -> dict[str, Held]:
+    """How each parameter is stored; of a checkpoint that is not there yet: all linear weights in INT4."""
+    assert config.model.path, "the schema asks for it"
+    if not any(Path(config.model.path).glob("*.safetensors")):
+        return {param.name: Held("int4", GROUPS[0]) for param in parameters(spec) if param.quantised}
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(Checkpoint.open(config.model.path))
+        return stored_as(open_weights(opened, config, spec, checkpoint))
 
 
 def _parts(text: str | None) -> list[str]:
@@ -114,7 +137,7 @@ def _cache_tokens(deployment: Deployment, stages: list[StagePlan]) -> int | None
 def _as_json(deployment: Deployment, stages: list[StagePlan]) -> dict[str, Any]:
     return {
         "world_size": deployment.grid.world_size,
-        "weights": deployment.precision.weights,
+        "weights": deployment.precision.weights.dtype,
         "kv_dtype": deployment.precision.cache,
         "budget_bytes": deployment.budget_bytes,
         "kv_tokens": _cache_tokens(deployment, stages),
@@ -133,10 +156,8 @@ def _as_json(deployment: Deployment, stages: list[StagePlan]) -> dict[str, Any]:
 
 def _print(deployment: Deployment, stages: list[StagePlan]) -> None:
     degrees = ", ".join(f"{key} {value}" for key, value in vars(deployment.grid).items() if value > 1)
-    precision = deployment.precision
-    print(
-        f"{deployment.grid.world_size} ranks ({degrees or 'one process'}), {precision.weights}, cache {precision.cache}"
-    )
+    weights, cache = deployment.precision.weights.dtype, deployment.precision.cache
+    print(f"{deployment.grid.world_size} ranks ({degrees or 'one process'}), {weights}, cache {cache}")
     for stage in stages:
         print(f"\neach of ranks {_span(stage.ranks)}: layers {_span(stage.layers)}")
         for group, size in sorted(stage.weight_bytes.items(), key=lambda item: -item[1]):

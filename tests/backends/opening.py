@@ -35,6 +35,9 @@ class DictWeights:
     def format(self, name):
         return "f32"
 
+    def group_size(self, name):
+        return None
+
     def fp8_blocks(self, name, rows=None, cols=None):
         return None
 

@@ -16,6 +16,13 @@ def test_shipped_deployments_fit(deepspan, name, ranks):
     assert found["kv_tokens"] > 32768
 
 
+def test_int4_groups_are_not_cut(deepspan):
+    many = ["--set", "parallel={tp: 128, ep: 128}", "--set", "launch.nodes=16"]
+    result = deepspan("plan", "h20_8_int4", *many)
+    assert result.code == 2 and "parts of 144 columns of" in result.err and "cut its groups of 128" in result.err
+    assert deepspan("plan", "h20_8_int4", *many, "--set", "model={spec: deepseek_v3, weights: random}").code == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -161,7 +161,7 @@ def test_int4_on_the_device_is_what_the_checkpoint_means(stored, rows, cols):
     "name, cols, what",
     [
         ("gptq, desc_act", (64, 136), "scattered .act-order. and this rank"),
-        ("awq", (8, 136), "groups of 32 channels from"),
+        ("awq", (8, 136), "parts of 128 columns of .* cut its groups of 32"),
     ],
 )
 def test_slices_that_no_layout_holds_are_refused(name, cols, what, tmp_path):

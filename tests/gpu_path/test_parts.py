@@ -122,6 +122,9 @@ def test_what_does_not_fit_is_refused_before_loading():
     class Unread:
         has_mtp = True
 
+        def names(self):
+            return []
+
     with pytest.raises(InputError, match=r"fp8 weights and room for a step need 6\d\d\.\d GiB, the device has"):
         runner.load(Unread())
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from ....models.errors import InputError
+from ....models.holding import Holding
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack
 from ..kernels.weights import Fp8Weight, Int4Weight, Int8Weight, dequantise_weight
@@ -168,26 +169,18 @@ class Int4Format:
 
 
 class Formats:
-    """Which format each parameter is held in.
+    """Which format each parameter is held in, as ``holding`` says."""
 
-    FP8 and BF16 runs hold every linear weight so. INT8 and INT4 runs hold each as it is stored, if the checkpoint has
-    weights in the run's format (others were left out of it for a reason), and otherwise all in that format.
-    """
-
-    def __init__(self, source: DeviceTensors, dtype: str, ue8m0: bool):
-        self._source = source
-        self._dtype = dtype
+    def __init__(self, device: torch.device, holding: Holding, ue8m0: bool):
+        self._holding = holding
         self._by_name: dict[str, Format] = {
-            "bf16": Bf16Format(), "fp8": Fp8Format(source.device, ue8m0), "w8a8": Int8Format(), "int4": Int4Format(),
+            "bf16": Bf16Format(), "fp8": Fp8Format(device, ue8m0), "w8a8": Int8Format(), "int4": Int4Format(),
         }  # fmt: skip
 
     def of(self, *names: str) -> Format:
         """The one format of some parameters; InputError when they have several."""
-        held = {self.name_of(name): name for name in names}
+        held = {self._holding.of(name).dtype: name for name in names}
         if len(held) > 1:
             what = " and ".join(f"{name} in {format_}" for format_, name in held.items())
             raise InputError(what, "checkpoint", "use one whose experts of a layer are all in one format")
         return self._by_name[next(iter(held))]
-
-    def name_of(self, name: str) -> str:
-        return self._dtype if self._dtype in ("bf16", "fp8") else self._source.held_as(name, self._dtype)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....models.errors import InputError
+from ....models.holding import GROUPS, device_group
 from ....models.quant import AWQ_ORDER, StoredInt4
 from ..kernels.weights import Int4Weight, words_of
 
-_SIZES = (128, 64, 32)  # groups that kernels take
 _ZERO = 8
 
 
@@ -35,7 +35,7 @@ def int4_weight(name: str, stored: StoredInt4, device: torch.device) -> Int4Weig
     codes = _unpacked(stored, device)
     order_K = _order(name, stored)
     first, columns = stored.first_column, stored.shape[1]
-    group = _group(name, stored)
+    group = device_group(name, stored.group_size, first, columns)
     codes_NK = codes.codes_NK if order_K is None else codes.codes_NK[:, order_K.to(device)]
     place_G = (first + torch.arange(0, columns, group, device=device)) // stored.group_size
     weight = _packed(codes_NK, words_of(codes.scales_GN[place_G], codes.zeros_GN[place_G]), group)
@@ -98,21 +98,6 @@ def _order(name: str, stored: StoredInt4) -> Tensor | None:
     return order_K
 
 
-def _group(name: str, stored: StoredInt4) -> int:
-    """The largest group that the device takes and that no stored group's border cuts."""
-    size, first = stored.group_size, stored.first_column
-    if first // size == (first + stored.shape[1] - 1) // size:
-        return _SIZES[0]
-    for group in _SIZES:
-        if size % group == 0 and first % group == 0:
-            return group
-    raise InputError(
-        f"groups of {size} channels from channel {first} on are not multiples of {_SIZES[-1]}",
-        name,
-        "choose degrees of parallelism that cut between groups, or set dtype to bf16",
-    )
-
-
 def _packed(codes_NK: Tensor, words_GN: Tensor, group: int) -> Int4Weight:
     """Codes past K and words of groups past the last are zero."""
     rows, columns = codes_NK.shape
@@ -122,7 +107,7 @@ def _packed(codes_NK: Tensor, words_GN: Tensor, group: int) -> Int4Weight:
     return Int4Weight((low_NPX | high_NPX << 4).flatten(1), words_GN.contiguous(), columns)
 
 
-def quantise_groups(weight_NK: Tensor, group: int = _SIZES[0]) -> Int4Weight:
+def quantise_groups(weight_NK: Tensor, group: int = GROUPS[0]) -> Int4Weight:
     """To the nearest of a symmetric group's codes, on the weight's device; a scale is the absmax / 7.5."""
     rows, columns = weight_NK.shape
     groups_NGX = F.pad(weight_NK.float(), (0, -columns % group)).view(rows, -1, group)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....models.errors import InputError
+from ....models.holding import Holding
 from ....models.spec import ModelSpec
 from ..layers import adjacent_pairs
 from ..parallel import Mesh
@@ -30,12 +31,12 @@ class Part:
 
 
 class Loader:
-    """``dtype``: of the run; `Formats` says what it means for each matrix."""
+    """``holding``: in which format to hold each matrix."""
 
-    def __init__(self, spec: ModelSpec, source: DeviceTensors, dtype: str):
+    def __init__(self, spec: ModelSpec, source: DeviceTensors, holding: Holding):
         self.spec = spec
         self.source = source
-        self._formats = Formats(source, dtype, spec.fp8 is not None and spec.fp8.scale_fmt == "ue8m0")
+        self._formats = Formats(source.device, holding, spec.fp8 is not None and spec.fp8.scale_fmt == "ue8m0")
         grid = source.mesh.grid
         self._heads = spec.num_attention_heads // grid.tp
         self.experts_held = held_experts(spec, source.mesh)

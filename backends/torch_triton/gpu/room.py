@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ....configs.schema import RunConfig
-from ....models.capacity import GIB
-from ....models.costs import LINEAR_BYTES, cache_bytes
+from ....models.capacity import GIB, weight_bytes
+from ....models.costs import cache_bytes
 from ....models.errors import InputError
-from ....models.sharding import shards
+from ....models.holding import Holding
+from ....models.sharding import Shard
 from ....models.spec import ModelSpec
 from ...limits import cache_blocks
 from ..device import memory
-from ..parallel import ALONE, Mesh
 
 _LIBRARIES = 2 << 30  # workspaces of cuBLAS and graphs, compiled kernels, fragmentation
 _PREFIXES = 4  # times max_batch sequences of max_seq_len: more cache than that holds prefixes nobody asks for again
-
-
-def weight_bytes(spec: ModelSpec, mtp: bool, dtype: str, mesh: Mesh = ALONE) -> int:
-    """What a rank's loaded model holds; kv_b_proj and what is not quantised in a checkpoint are in BF16."""
-    total = 0.0
-    for shard in shards(spec, mesh.grid, mesh.rank, mtp):
-        low = shard.param.quantised and not shard.param.name.endswith("kv_b_proj.weight")
-        total += shard.size * (LINEAR_BYTES[dtype] if low else 2)
-    return round(total)
 
 
 def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
@@ -45,13 +38,14 @@ def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
 
 
 def check_weights_fit(
-    spec: ModelSpec, mtp: bool, run: RunConfig, dtype: str, device: torch.device, mesh: Mesh = ALONE
+    spec: ModelSpec, run: RunConfig, held: Iterable[Shard], holding: Holding, device: torch.device
 ) -> None:
-    needed = weight_bytes(spec, mtp, dtype, mesh) + working_bytes(spec, run)
+    needed = sum(weight_bytes(held, holding).values()) + working_bytes(spec, run)
     allowed = _allowed(run, device)
     if needed > allowed:
+        what = f"{holding.dtype} weights and room for a step need {needed / GIB:.1f} GiB"
         raise InputError(
-            f"{dtype} weights and room for a step need {needed / GIB:.1f} GiB, the device has {allowed / GIB:.1f} GiB",
+            f"{what}, the device has {allowed / GIB:.1f} GiB",
             "engine.memory_fraction",
             "use more or larger GPUs, or lower engine.max_batch_tokens",
         )

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ....configs.schema import RunConfig
 from ....models.errors import InputError
-from ....models.sharding import check_divides, stage_layers
+from ....models.holding import Holding, check_groups
+from ....models.sharding import check_divides, shards, stage_layers
 from ....models.spec import ModelSpec
-from ...base import Pending, StepBatch, StepResult, Weights, next_tokens, output_rows
+from ...base import Pending, StepBatch, StepResult, Weights, next_tokens, output_rows, stored_as
 from ...limits import check_supported
 from ..cache import empty_cache
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
@@ -58,12 +59,14 @@ class GpuRunner:
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:
         run, spec = self._run, self.spec
-        check_weights_fit(spec, weights.has_mtp, run, self.dtype, self._device, self._mesh)
+        stored = {} if run.model.weights == "random" else stored_as(weights)
+        holding = Holding(self.dtype, stored)
+        self._check_parts(weights.has_mtp, holding)
         source = self._source(weights)
         self._has_mtp = source.has_mtp
         layers = len(stage_layers(spec, self._mesh.grid, self._mesh.pp.index))
         layers += spec.num_nextn_predict_layers if source.has_mtp and self._mesh.is_last_stage else 0
-        loader = Loader(spec, source, self.dtype)
+        loader = Loader(spec, source, holding)
         tokens = max(run.engine.max_batch_tokens, 8 * run.engine.max_batch)
         self._model: Model | None = Model(loader, run.engine.max_seq_len, tokens)
         self._replica_blocks = self._rank.least(blocks_that_fit(spec, run, self.kv_dtype, layers, self._device))
@@ -74,6 +77,12 @@ class GpuRunner:
         held += f", {cache_LCZE.nbytes / 2**30:.1f} GiB"
         print(f"note: cache: {held}", file=sys.stderr)
         self._decode = DecodeSteps(self._model, run, self._device)
+
+    def _check_parts(self, mtp: bool, holding: Holding) -> None:
+        """Refuse what no device could hold, before anything is read."""
+        held = list(shards(self.spec, self._mesh.grid, self._mesh.rank, mtp))
+        check_groups(held, holding)
+        check_weights_fit(self.spec, self._run, held, holding, self._device)
 
     def _source(self, weights: Weights) -> DeviceTensors:
         if self._run.model.weights == "random":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,12 +30,6 @@ class Window(NamedTuple):
 
 WHOLE = Window()
 
-# How weights of stored formats (`convert.storage.Stored.format`) are held; others are held in BF16.
-_HELD_AS = {
-    "fp8_block": "fp8", "fp8_block_fnuz": "fp8", "int8_block": "w8a8", "int8_channel": "w8a8", "ascend_static": "w8a8",
-    "gptq": "int4", "awq": "int4", "ct_int4": "int4",
-}  # fmt: skip
-
 
 class DeviceTensors(Protocol):
     """The parameters of a spec on a device: what this rank of ``mesh`` holds of them. Canonical names.
@@ -53,9 +46,6 @@ class DeviceTensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of this rank's part of a parameter."""
-
-    def held_as(self, name: str, dtype: str) -> str:
-        """The format in which a run of ``dtype`` holds a weight: bf16, fp8, w8a8 or int4."""
 
     def plain(self, name: str, dtype: torch.dtype = torch.bfloat16, window: Window = WHOLE) -> Tensor:
         """The values, in ``dtype``: BF16 or FP32."""
@@ -84,18 +74,6 @@ class StoredTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shard(name).shape
-
-    def held_as(self, name: str, dtype: str) -> str:
-        return self._formats[name] if dtype in self._formats_there else dtype
-
-    @cached_property
-    def _formats_there(self) -> set[str]:
-        return set(self._formats.values())
-
-    @cached_property
-    def _formats(self) -> dict[str, str]:
-        weights = self._weights
-        return {name: _HELD_AS.get(weights.format(name), "bf16") for name in weights.names()}
 
     def plain(self, name: str, dtype: torch.dtype = torch.bfloat16, window: Window = WHOLE) -> Tensor:
         return _windowed(self._source.read(name, dtype), window).to(self.device)
@@ -151,9 +129,6 @@ class DrawnTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shards[name].shape
 
-    def held_as(self, name: str, dtype: str) -> str:
-        return dtype
-
     def plain(self, name: str, dtype: torch.dtype = torch.bfloat16, window: Window = WHOLE) -> Tensor:
         """Linear weights and tables of deviation 1 / sqrt(in), norms near 1, router biases near 0."""
         shard = self._shards[name]
@@ -163,7 +138,8 @@ class DrawnTensors:
         values = torch.randn(param.shape, generator=generator, dtype=dtype, device=self.device)
         if len(param.shape) == 2:
             part = _windowed(values.mul_(1 / math.sqrt(param.shape[1])), Window(shard.rows, shard.cols))
-            return _windowed(part, window).contiguous()
+            cut = _windowed(part, window)
+            return values if cut is values else cut.clone(memory_format=torch.contiguous_format)  # frees the rest
         return values.mul_(0.1).add_(1) if name.endswith("norm.weight") else values.mul_(0.05)
 
     def fp8(self, name: str, window: Window = WHOLE) -> Fp8Weight:
