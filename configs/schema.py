@@ -103,7 +103,7 @@ class RunConfig(Section):
     model: ModelSection
     backend: Literal["torch_triton", "mindspore_ascend", "reference"] = "torch_triton"
     device: Literal["auto", "cuda", "npu", "ascend", "cpu"] = "auto"
-    dtype: Literal["auto", "bf16", "fp32", "fp8", "w8a8", "int4"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32", "fp8", "w8a8", "int4"] = "auto"  # of linear weights; auto: see README
     parallel: Parallel = Parallel()
     engine: Engine = Engine()
     sampling: SamplingSection = SamplingSection()

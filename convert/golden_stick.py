@@ -81,6 +81,10 @@ class GoldenStickReader(MeteredReader):
             codes *= scales[np.arange(first, last) // module.codes.shape[1], left:right]
         return codes if info.dtype == "F32" else f32_to_bf16(codes)
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether a weight that `plain` found is a quantised module's."""
+        return name in self._modules
+
     def static_input(self, name: str) -> tuple[float, int] | None:
         """Scale and zero point of a weight's inputs where they are static, else None.
 

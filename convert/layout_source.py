@@ -41,8 +41,9 @@ class LayoutSource:
         return np.ascontiguousarray(self._source.weights.read(name, dtype, rows, cols))
 
     def format(self, name: str) -> str:
-        """The precision in which values are given."""
-        return "bf16"
+        """int8_channel for a weight of a W8A8 module, else the precision in which values are given."""
+        quantised = any(self._source.reader.is_quantised(stored) for stored in self._source.weights.sources(name))
+        return "int8_channel" if quantised else "bf16"
 
     def group_size(self, name: str) -> None:
         """None: the layouts hold no 4-bit weights."""

@@ -35,14 +35,16 @@ def native_dtype(device: str) -> str:
     return "fp32" if device == CPU else "bf16"
 
 
-def choose_dtype(run: RunConfig, device: str) -> str:
-    """How linear weights are held: the device's native type, or W8A8."""
+def choose_dtype(run: RunConfig, device: str, stored: str) -> str:
+    """How linear weights are held: the device's native type, or W8A8. auto follows ``stored`` W8A8 on an NPU."""
     native = native_dtype(device)
     if run.dtype not in ("auto", native, "w8a8"):
         raise InputError(f"dtype {run.dtype} on {device}", "dtype", f"use {native} or w8a8")
     if run.engine.kv_dtype not in ("auto", native):
         raise InputError(f"kv_dtype {run.engine.kv_dtype} on {device}", "engine.kv_dtype", f"use {native}")
-    return native if run.dtype == "auto" else run.dtype
+    if run.dtype != "auto":
+        return run.dtype
+    return stored if stored == "w8a8" and device == ASCEND else native
 
 
 def describe_devices() -> list[str]:

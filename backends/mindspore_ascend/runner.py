@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ...configs.schema import RunConfig
 from ...models.errors import InputError
+from ...models.holding import stored_dtype
 from ...models.sharding import check_divides, shards
 from ...models.spec import ModelSpec
-from ..base import FloatArray, IntArray, StepBatch, StepResult, Weights, next_tokens, output_rows
+from ..base import FloatArray, IntArray, StepBatch, StepResult, Weights, next_tokens, output_rows, stored_as
 from ..limits import cache_blocks, check_supported
 from ..memory import check_memory
 from ..shares import Share, share_of
@@ -34,7 +35,9 @@ class MindSporeRunner:
     def __init__(self, spec: ModelSpec, run: RunConfig, rank: MindSporeRank):
         check_supported(spec, run)
         self._device = choose_device(run)
-        self.dtype, self.kv_dtype = choose_dtype(run, self._device), native_dtype(self._device)
+        self._run = run
+        self.dtype = choose_dtype(run, self._device, stored_dtype(spec, {}))
+        self.kv_dtype = native_dtype(self._device)
         self._mesh = rank.mesh
         check_divides(spec, self._mesh.grid)
         self.spec = spec
@@ -47,6 +50,7 @@ class MindSporeRunner:
 
     def load(self, weights: Weights) -> None:
         spec, dtype, operators = self.spec, DTYPES[self.kv_dtype], self._ops
+        self.dtype = choose_dtype(self._run, self._device, stored_dtype(spec, stored_as(weights)))
         has_mtp = weights.has_mtp and spec.num_nextn_predict_layers > 0
         if self._device == CPU:
             self._check_host_memory(has_mtp, dtype)

@@ -127,7 +127,7 @@ class RankWeights:
         """The same as INT8 codes, and their scales [E, F] in the run's dtype."""
         if self._weights.static_input(f"{prefix}.{self.experts_held.start}.{projections[0]}.weight"):
             what = "static activation scales of routed experts are not supported"
-            raise InputError(what, prefix, "use a checkpoint whose experts quantise their inputs as they come")
+            raise InputError(what, prefix, "set dtype to bf16, or use experts that quantise their inputs as they come")
         shape = self._expert_shape(prefix, projections)
         scales_EF = np.empty((shape[0], shape[2]), np.float32)
 

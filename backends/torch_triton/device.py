@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 
 import psutil
 import torch
 
 from ...configs.schema import RunConfig
 from ...models.errors import InputError
+from ...models.holding import Held, stored_dtype
 from ...models.spec import ModelSpec
 from ..memory import GIB
 
@@ -32,10 +34,10 @@ def collectives(device: torch.device) -> str:
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
-def choose_gpu_dtype(run: RunConfig, spec: ModelSpec) -> str:
-    """How a GPU holds linear weights: bf16, fp8, w8a8 or int4. auto is fp8 for models that are published in FP8."""
+def choose_gpu_dtype(run: RunConfig, spec: ModelSpec, stored: Mapping[str, Held]) -> str:
+    """How a GPU holds linear weights: bf16, fp8, w8a8 or int4. auto is as most are ``stored``: GPUs run all."""
     if run.dtype == "auto":
-        return "fp8" if spec.fp8 else "bf16"
+        return stored_dtype(spec, stored)
     if run.dtype == "fp32":
         raise InputError("a GPU does not compute in fp32", "dtype", "set it to auto, bf16, fp8, w8a8 or int4")
     return run.dtype

@@ -15,7 +15,7 @@ from ...convert.checkpoint import Checkpoint
 from ...models.capacity import GIB, Precision, StagePlan, decode_bytes_of_rank, plan_stages
 from ...models.catalog import load_spec
 from ...models.errors import InputError
-from ...models.holding import GROUPS, Held, Holding
+from ...models.holding import GROUPS, Held, Holding, stored_dtype
 from ...models.params import parameters
 from ...models.sharding import Grid
 from ...models.spec import ModelSpec
@@ -72,20 +72,30 @@ class Deployment:
 
 
 def _holding(config: RunConfig, spec: ModelSpec) -> Holding:
-    """How the devices hold linear weights: by the checkpoint's headers, where it is there and they matter."""
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "fp8" if spec.fp8 and config.device != "ascend" else "bf16"
-    if dtype != "int4" or config.model.weights == "random":
+    """How the devices hold linear weights. INT4 of a checkpoint that is not there yet is that of groups of 128."""
+    is_stored = config.model.weights == "checkpoint"
+    stored = _stored(config, spec) if is_stored and config.dtype in ("auto", "w8a8", "int4") else {}
+    dtype = _auto_dtype(config, stored_dtype(spec, stored)) if config.dtype == "auto" else config.dtype
+    if config.backend != "torch_triton":
         return Holding(dtype)
-    return Holding(dtype, _stored(config, spec))
+    if dtype == "int4" and is_stored and not stored:
+        stored = {param.name: Held("int4", GROUPS[0]) for param in parameters(spec) if param.quantised}
+    return Holding(dtype, stored)
+
+
+def _auto_dtype(config: RunConfig, stored: str) -> str:
+    """What the backends choose on their accelerators; on CPUs, the larger of what they may."""
+    if config.device == "cpu" or config.backend == "reference":
+        return "fp32"
+    if config.backend == "mindspore_ascend":
+        return "w8a8" if stored == "w8a8" else "bf16"
+    return stored
 
 
 def _stored(config: RunConfig, spec: ModelSpec) -> dict[str, Held]:
-    """How each parameter is stored; of a checkpoint that is not there yet: all linear weights in INT4."""
-    assert config.model.path, "the schema asks for it"
-    if not any(Path(config.model.path).glob("*.safetensors")):
-        return {param.name: Held("int4", GROUPS[0]) for param in parameters(spec) if param.quantised}
+    """How each parameter is stored, by the headers of the files if they are there."""
+    if config.model.path is None or not any(Path(config.model.path).glob("*.safetensors")):
+        return {}
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint.open(config.model.path))
         return stored_as(open_weights(opened, config, spec, checkpoint))

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepspan.backends.base import stored_as
+from deepspan.configs.schema import RunConfig
 from deepspan.convert.checkpoint import Checkpoint
 from deepspan.convert.layout_source import LayoutSource
 from deepspan.convert.weights import CheckpointWeights
 from deepspan.models.hf_config import spec_from_hf
+from deepspan.models.holding import stored_dtype
 from deepspan.models.quantise import quantise_activation_int8, quantise_int8_channels
 from deepspan.models.reference import GrowingCache, ReferenceModel
 from deepspan.scripts import cli
@@ -165,6 +168,19 @@ def test_golden_stick_s_files_hold_the_same_mappings_and_weights(converted):
             assert (mapping is not None) == (wanted is not None) == is_static
             assert mapping is None or mapping == (pytest.approx(wanted[0], rel=2**-8), wanted[1], None)
     source.close()
+
+
+def test_auto_follows_w8a8_on_an_npu_only(converted):
+    from deepspan.backends.mindspore_ascend.device import ASCEND, CPU, choose_dtype
+
+    source = LayoutSource(converted("w8a8-mindspore"))
+    with Checkpoint.open(DEMO) as checkpoint:
+        spec = spec_from_hf(checkpoint.config, "config.json")
+    stored = stored_dtype(spec, stored_as(source))
+    source.close()
+    run, plain = (RunConfig.model_validate({"model": {"spec": "demo"}, "dtype": dtype}) for dtype in ("auto", "bf16"))
+    assert [choose_dtype(run, device, stored) for device in (ASCEND, CPU)] == ["w8a8", "fp32"]
+    assert choose_dtype(run, ASCEND, "int4") == choose_dtype(plain, ASCEND, stored) == "bf16"
 
 
 def answer(path):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.cli.conftest import DEMO
+
 DEPLOYMENTS = {"h200_8_fp8": 8, "h800_2x8_fp8": 16, "mi300x_8_fp8": 8, "a100_4x8_bf16": 32, "h20_8_int4": 8}
 DEPLOYMENTS |= {"atlas_4x8_bf16": 32, "atlas_2x8_w8a8": 16}
 
@@ -14,6 +16,24 @@ def test_shipped_deployments_fit(deepspan, name, ranks):
     found = json.loads(result.out)
     assert result.code == 0 and found["world_size"] == ranks
     assert found["kv_tokens"] > 32768
+
+
+@pytest.mark.parametrize(
+    ("form", "chosen"),
+    [
+        ("w8a8-ct", {"torch_triton": "w8a8", "mindspore_ascend": "w8a8", "reference": "fp32"}),
+        ("w8a8-mindspore", {"torch_triton": "w8a8", "mindspore_ascend": "w8a8"}),
+        (None, {"torch_triton": "fp8", "mindspore_ascend": "bf16"}),
+    ],
+)
+def test_auto_is_the_format_of_the_checkpoint_where_a_backend_has_it(deepspan, tmp_path, form, chosen):
+    directory = DEMO if form is None else tmp_path / form
+    if form is not None:
+        assert deepspan("convert", "quantize", DEMO, directory, "--format", form).code == 0
+    for backend, dtype in chosen.items():
+        found = json.loads(deepspan("plan", directory, "--set", f"backend={backend}", "--json").out)
+        assert found["weights"] == dtype
+    assert json.loads(deepspan("plan", directory, "--set", "device=cpu", "--json").out)["weights"] == "fp32"
 
 
 def test_int4_groups_are_not_cut(deepspan):

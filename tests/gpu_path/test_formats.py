@@ -82,8 +82,9 @@ def test_follows_the_reference_on_the_same_weights(name, tmp_path):
     tokens = random_tokens(MODEL, sum(PIECES))
     wanted = logits_of(loaded_on_cpu(MODEL, DictWeights(values), backend_name="reference"), tokens, [len(tokens)])
     with Checkpoint.open(directory) as opened:
-        runner = build(MODEL, dtype)
+        runner = build(MODEL, "auto")
         runner.load(CheckpointWeights(opened, MODEL))
+    assert runner.dtype == dtype
     got = logits_of(runner, tokens, PIECES)
     assert median_token_difference(got, wanted) <= (BF16 if dtype == "int4" else INT8_ACTIVATIONS)
 

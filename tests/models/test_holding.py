@@ -2,9 +2,10 @@
 
 import pytest
 
+from deepspan.models.catalog import load_spec
 from deepspan.models.errors import InputError
-from deepspan.models.holding import Held, Holding, check_groups, device_group, held_as, shard_bytes
-from deepspan.models.params import Param
+from deepspan.models.holding import Held, Holding, check_groups, device_group, held_as, shard_bytes, stored_dtype
+from deepspan.models.params import Param, parameters
 from deepspan.models.sharding import Shard
 
 LINEAR = Param("o_proj.weight", (264, 640), ("hidden", "heads"), "attention", quantised=True)
@@ -21,6 +22,15 @@ def test_low_bit_runs_hold_weights_as_stored_if_any_is_in_their_format():
     assert [Holding("int4", stored).of(name) for name in "abc"] == [*stored.values()]
     for dtype in ("w8a8", "fp8", "bf16"):
         assert {Holding(dtype, stored).of(name) for name in "abc"} == {Held(dtype)}
+
+
+def test_the_format_of_a_checkpoint_is_that_of_most_values():
+    spec = load_spec("deepseek_v3")
+    names = [param.name for param in parameters(spec) if param.quantised]
+    experts = {name: Held("int4", 32) for name in names if ".experts." in name}
+    assert stored_dtype(spec, {name: Held("fp8") for name in names} | experts) == "int4"
+    assert stored_dtype(spec, dict.fromkeys(names, Held("bf16"))) == "bf16"
+    assert [stored_dtype(load_spec(name), {}) for name in ("deepseek_v3", "deepseek_v2")] == ["fp8", "bf16"]
 
 
 @pytest.mark.parametrize(

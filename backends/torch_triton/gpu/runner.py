@@ -46,7 +46,7 @@ class GpuRunner:
         self._mesh = self._rank.mesh
         check_divides(spec, self._mesh.grid)
         self.spec = spec
-        self.dtype = choose_gpu_dtype(run, spec)
+        self.dtype = choose_gpu_dtype(run, spec, {})
         self.kv_dtype = choose_gpu_kv_dtype(run)
         self.block_size = run.engine.block_size
         self.kv_blocks = 0
@@ -60,6 +60,7 @@ class GpuRunner:
     def load(self, weights: Weights) -> None:
         run, spec = self._run, self.spec
         stored = {} if run.model.weights == "random" else stored_as(weights)
+        self.dtype = choose_gpu_dtype(run, spec, stored)
         holding = Holding(self.dtype, stored)
         self._check_parts(weights.has_mtp, holding)
         source = self._source(weights)
