@@ -47,11 +47,15 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Step:
-    """``decode`` when all tokens attend in the absorbed form and alike; else what each does. int32 tensors."""
+    """``decode`` when all tokens attend in the absorbed form and alike; else what each does. int32 tensors.
+
+    ``tokens``: how many of the T there are before those of padding, where the host knows.
+    """
 
     token_ids_T: Tensor
     positions_T: Tensor
     slots_T: Tensor
+    tokens: int | None = None
     decode: Absorbed | None = None
     absorbed: tuple[Absorbed, ...] = ()
     prompts: tuple[Prompts, ...] = ()
@@ -94,6 +98,7 @@ def mixed_step(
         padded(batch.token_ids_T, 0),
         padded(positions_T, 0),
         padded(slots_T, -1),
+        tokens=len(positions_T),
         absorbed=tuple(
             _absorbed(batch, np.flatnonzero(lens_B == queries), queries, longest, device)
             for queries in range(1, ABSORBED_QUERIES + 1)
@@ -159,7 +164,7 @@ class DecodeBuffers:
         self._held = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
         token_ids, positions, slots, *sampling, lengths, table = self._held.split(self._sizes)
         decode = Absorbed(slice(None), table.view(sequences, width), lengths, longest)
-        self.step = Step(token_ids, positions, slots, decode)
+        self.step = Step(token_ids, positions, slots, decode=decode)
         temperature, top_k, top_p, seed = sampling
         self.sampling = SamplingNumbers(
             positions, temperature.view(torch.float32), top_k, top_p.view(torch.float32), seed

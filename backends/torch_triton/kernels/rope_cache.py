@@ -18,6 +18,9 @@ from . import entries, pdl
 from .chips import check, chip_of, options
 
 
+MANY_TOKENS = 256  # which fill the chip also with fewer programs for each
+
+
 class Tables(NamedTuple):
     """float32 [positions, R / 2]."""
 
@@ -129,7 +132,7 @@ def rope_cache(
     check(contiguous and cos.is_contiguous() and sin.is_contiguous(), "rows must be contiguous", name)
     check(cos.shape[1] == sin.shape[1] == rope // 2, f"tables of {cos.shape[1]} pairs", name)
     chip = chip_of(cache.device)
-    block_h = min(16, triton.next_power_of_2(heads))
+    block_h = min(16 if tokens < MANY_TOKENS else 64, triton.next_power_of_2(heads))
     _rope_cache[(tokens, 1 + triton.cdiv(heads, block_h))](
         kv_TX, kv_TX.stride(0), weight_C, eps, q_rope_THR, *q_rope_THR.stride()[:2], q_out_THR,
         *q_out_THR.stride()[:2], positions_T, slots_T, cos, sin, cache, *cache.stride()[:2], heads, latent, rope,
