@@ -41,7 +41,7 @@ from deepspan.models.catalog import load_spec
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8",
 }  # fmt: skip
 ROWS = (1, 8, 64)
@@ -108,7 +108,7 @@ def weights(chip: chips.Chip, *shape: int, rare: bool = True) -> Iterator[Weight
     blocks = empty(*stack, -(-outputs // 128), -(-inputs // 128), dtype=torch.float32)
     yield Fp8Weight(empty(*shape, dtype=chip.fp8), blocks)
     yield Int8Weight(empty(*shape, dtype=torch.int8), empty(*shape[:-1], dtype=torch.float32))
-    codes = empty(*stack, outputs, inputs // 2, dtype=torch.uint8)
+    codes = empty(*stack, outputs, inputs // 4, dtype=torch.int16)
     yield Int4Weight(codes, empty(*stack, inputs // 128, outputs, dtype=torch.int32), inputs)
     if not rare:
         return
@@ -157,8 +157,9 @@ def launch_experts(chip: chips.Chip) -> None:
         shapes = (257, 4096, 7168), (257, 7168, 2048)
         stacks = zip(*(weights(chip, *shape, rare=tokens == 16) for shape in shapes), strict=True)
         ids, factors = empty(tokens, 9, dtype=torch.int32), empty(tokens, 9, dtype=torch.float32)
-        pairs = experts.group(ids, 257) if tokens > 1 else experts.one_pair_tiles(ids)
         for stack in itertools.starmap(experts.Stack, stacks):
+            config = experts.choose(tokens, chip, isinstance(stack.gate_up, Int4Weight))
+            pairs = experts.group(ids, 257, config) if tokens > 1 else experts.one_pair_tiles(ids, config)
             for x in activations(chip, stack.gate_up, tokens, 7168):
                 experts.gate_up(x, ids, stack, pairs)
             for h in activations(chip, stack.down, 9 * tokens, 2048):

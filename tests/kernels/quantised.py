@@ -43,8 +43,8 @@ def weights(kind: str, outputs: int, inputs: int, count: int | None = None, used
             return Int8Weight(codes, inside(floats(rows, columns), nan, (2, 3)))
         return Int8Weight(codes, inside(floats(outputs, 1), nan, (3, 0))[..., 0])
     group = 32 if "order" in kind else 128
-    groups = 2 * -(-inputs // (2 * group))
-    codes = inside(integers(0, 256, torch.uint8, outputs, groups * group // 2), 0xFF, (3, 16))
+    groups = columns * 128 // group
+    codes = inside(integers(-(2**15), 2**15, torch.int16, outputs, 32 * columns), -1, (3, 16))
     zeros = integers(0, 16, torch.int32, groups, outputs) if "zero points" in kind else torch.tensor(8)
     scales = inside(words_of(floats(groups, outputs), zeros), 0x7FC000FF, (2, 5))
     if kind == "int4":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels import experts as kernel
+from deepspan.backends.torch_triton.kernels.chips import chip_of
 from deepspan.models.errors import DeepspanError
 from tests.kernels.device import DEVICE, seeded
 from tests.kernels.quantised import KINDS, distance, operand, weights
@@ -32,8 +33,9 @@ def choices(tokens: int, per_token: int, seed: int = 0) -> torch.Tensor:
     return torch.cat([routed, torch.full((tokens, 1), 6)], 1).int()
 
 
-def tiles_of(ids: torch.Tensor) -> kernel.Tiles:
-    return kernel.group(ids, EXPERTS) if len(ids) > 1 else kernel.one_pair_tiles(ids)
+def tiles_of(ids: torch.Tensor, kind: str = "fp8") -> kernel.Tiles:
+    config = kernel.choose(len(ids), chip_of(ids.device), kind.startswith("int4"))
+    return kernel.group(ids, EXPERTS, config) if len(ids) > 1 else kernel.one_pair_tiles(ids, config)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_experts_equal_dequantised_products(tokens, per_token, kind, quantised):
     layer = stack(ids, kind)
     x = torch.randn(tokens, HIDDEN).bfloat16()
     x = operand(kind, x) if quantised else x
-    tiles = tiles_of(ids)
+    tiles = tiles_of(ids, kind)
     h = kernel.gate_up(x, ids, layer, tiles)
     assert distance(h, kernel.gate_up_eager(x, ids, layer)) < 2**-8
     h = operand(kind, h) if quantised else h

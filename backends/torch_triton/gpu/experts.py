@@ -19,6 +19,7 @@ from ..kernels import grouped
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack, Tiles
 from ..kernels.router import Choice
+from ..kernels.weights import Int4Weight
 from ..layers import gated
 from .linear import Form, Linear, Operand
 
@@ -49,14 +50,15 @@ class KernelExperts:
         x = self.form.of(x)
         if len(choice.ids) > FEW_TOKENS:
             return self._many(x, choice)
-        tiles = self._tiles(choice.ids)
-        h = self.form.of(kernels.gate_up(x, choice.ids, self._stack, tiles))
-        return kernels.down(h, choice.ids, choice.weights, self._stack, tiles, self._foreign)
+        config = kernels.choose(len(choice.ids), self._chip, isinstance(self._stack.gate_up, Int4Weight))
+        tiles = self._tiles(choice.ids, config)
+        h = self.form.of(kernels.gate_up(x, choice.ids, self._stack, tiles, config))
+        return kernels.down(h, choice.ids, choice.weights, self._stack, tiles, self._foreign, config)
 
-    def _tiles(self, ids_TP: Tensor) -> Tiles:
+    def _tiles(self, ids_TP: Tensor, config: kernels.Config) -> Tiles:
         if len(ids_TP) == 1:
-            return kernels.one_pair_tiles(ids_TP)
-        return kernels.group(ids_TP, len(self._stack.down.codes))
+            return kernels.one_pair_tiles(ids_TP, config)
+        return kernels.group(ids_TP, len(self._stack.down.codes), config)
 
     def _many(self, x: Operand, choice: Choice) -> Tensor:
         tokens, choices = choice.ids.shape

@@ -1,7 +1,7 @@
 """Four-bit weights on a device: from the words of a checkpoint to the layout of `kernels.weights`.
 
 A word of 32 bits is four bytes of two codes each, lowest first. Shape letters: N rows (out), K columns (in), W words,
-G groups of the device's layout, P pairs of groups, X channels of a group.
+G groups of the device's layout, X channels of a group.
 Sources of the stored layouts: docstring of `models.quant`.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from ....models.errors import InputError
 from ....models.holding import GROUPS, device_group
 from ....models.quant import AWQ_ORDER, StoredInt4
-from ..kernels.weights import Int4Weight, words_of
+from ..kernels.quant import GROUP
+from ..kernels.weights import Int4Weight, int4_words, words_of
 
 _ZERO = 8
 
@@ -41,7 +42,7 @@ def int4_weight(name: str, stored: StoredInt4, device: torch.device) -> Int4Weig
     weight = _packed(codes_NK, words_of(codes.scales_GN[place_G], codes.zeros_GN[place_G]), group)
     if order_K is None:
         return weight
-    channels = 2 * weight.codes.shape[1]
+    channels = 4 * weight.codes.shape[1]
     return weight._replace(order=torch.cat([order_K, torch.arange(columns, channels)]).int().to(device))
 
 
@@ -100,11 +101,10 @@ def _order(name: str, stored: StoredInt4) -> Tensor | None:
 
 def _packed(codes_NK: Tensor, words_GN: Tensor, group: int) -> Int4Weight:
     """Codes past K and words of groups past the last are zero."""
-    rows, columns = codes_NK.shape
-    missing = -columns % (2 * group)
-    low_NPX, high_NPX = F.pad(codes_NK, (0, missing)).view(rows, -1, 2, group).unbind(2)
-    words_GN = F.pad(words_GN, (0, 0, 0, 2 * low_NPX.shape[1] - len(words_GN)))
-    return Int4Weight((low_NPX | high_NPX << 4).flatten(1), words_GN.contiguous(), columns)
+    columns = codes_NK.shape[1]
+    codes_NK = F.pad(codes_NK, (0, -columns % GROUP))
+    words_GN = F.pad(words_GN, (0, 0, 0, codes_NK.shape[1] // group - len(words_GN)))
+    return Int4Weight(int4_words(codes_NK), words_GN.contiguous(), columns)
 
 
 def quantise_groups(weight_NK: Tensor, group: int = GROUPS[0]) -> Int4Weight:
@@ -120,11 +120,10 @@ def quantise_groups(weight_NK: Tensor, group: int = GROUPS[0]) -> Int4Weight:
 
 def pad_int4(matrix: Int4Weight, rows: int, columns: int) -> Int4Weight:
     """Padded words are zero, and so is what codes are worth there."""
-    group = matrix.group
-    channels = -(-columns // (2 * group)) * 2 * group
+    channels = -(-columns // GROUP) * GROUP
     more_rows = rows - len(matrix.codes)
-    codes = F.pad(matrix.codes, (0, channels // 2 - matrix.codes.shape[1], 0, more_rows))
-    words = F.pad(matrix.scales, (0, more_rows, 0, channels // group - len(matrix.scales)))
+    codes = F.pad(matrix.codes, (0, channels // 4 - matrix.codes.shape[1], 0, more_rows))
+    words = F.pad(matrix.scales, (0, more_rows, 0, channels // matrix.group - len(matrix.scales)))
     order = matrix.order
     if order is not None:
         order = torch.cat([order, torch.arange(len(order), channels, dtype=torch.int32, device=order.device)])

@@ -21,7 +21,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, options
 from .quant import GROUP, Codes, dequantise
-from .weights import Weight, arguments, block_of, check_weight, dequantise_weight, inputs_of, matrix_of
+from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, inputs_of, matrix_of
 
 
 class Stack(NamedTuple):
@@ -79,7 +79,7 @@ def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
     expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
     order_ptr, out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
     INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router."""
@@ -99,11 +99,11 @@ def _rows(
     pair_M = tl.load(pair_ptr + tile * BLOCK_M + slot_M, mask=valid_M, other=0)
     x_row_M = pair_M // P if GATED else pair_M
     if order_ptr is not None:
-        order_ptr += expert * (tl.cdiv(K, BLOCK_K) * BLOCK_K)
+        order_ptr += expert * (tl.cdiv(K, 128) * 128)
     out_JM = tiles.rows_product(
         x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
         w_ptr + expert * w_stride_e, row_J, w_stride, scales_ptr + expert * scales_stride_e, (matrix_J + n) // 128,
-        scales_stride, order_ptr, 0, tl.cdiv(K, BLOCK_K), K, KIND, BLOCK_K, QUANTISED, EVEN_K, INSTRUCTION,
+        scales_stride, order_ptr, 0, tl.cdiv(K, 128), K, KIND, GROUPS, QUANTISED, EVEN_K, INSTRUCTION,
         STAGES,
     )  # fmt: skip
     if GATED:
@@ -124,24 +124,15 @@ class Config(NamedTuple):
     warps: int = 4
 
 
-def choose(tokens: int, chip: Chip, block: int = GROUP) -> Config:
+def choose(tokens: int, chip: Chip, int4: bool = False) -> Config:
     """One token: tiles that all run at once. More: so many tiles that deep pipelines count instead.
 
-    ``block``: columns of a step, pairs of groups in INT4, whose tiles are not swept yet: three programs to a processor
-    for one token, and two for more.
+    INT4 has more programs on a processor, as in `few_rows`; not swept yet.
     """
-    if block == GROUP:
-        return _choose(tokens, chip)
-    room = chip.shared_memory // (3 if tokens == 1 else 2)
-    rows = (64, 64) if chip.shared_memory < 160 << 10 else (128, 128)
-    block_m = 16 if tokens <= 128 else 32
-    gate_up, down = (max(2, min(8, room // tiles.int4_stage(count, block_m, block))) for count in rows)
-    return Config(block_m, rows[0] // 2, gate_up, rows[1], down)
-
-
-def _choose(tokens: int, chip: Chip) -> Config:
     if chip.shared_memory < 160 << 10:
         return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
+    if int4:
+        return Config(8 if tokens <= 32 else 16 if tokens <= 128 else 32, 32 if tokens == 1 else 64, 4, 128, 4)
     if tokens == 1:
         return Config(16, 32, 4, 64, 4)
     if tokens <= 128:
@@ -160,7 +151,7 @@ def gate_up(
     tokens = len(values_TD)
     check(ids_TP.shape[0] == tokens, f"choices {tuple(ids_TP.shape)} of {tokens} tokens", "gate_up")
     check(stack.gate_up.codes.shape[1] % (2 * GROUP) == 0, "an expert's width must be whole blocks", "gate_up")
-    config = config or choose(tokens, chip_of(values_TD.device), block_of(stack.gate_up))
+    config = config or choose(tokens, chip_of(values_TD.device), isinstance(stack.gate_up, Int4Weight))
     width = stack.gate_up.codes.shape[1] // 2
     out = torch.empty(ids_TP.numel(), width, dtype=torch.bfloat16, device=values_TD.device)
     block_n, stages = config.gate_up_block_n, config.gate_up_stages
@@ -186,7 +177,7 @@ def down(
     check(len(values) == ids_TP.numel() and values.is_contiguous(), f"activations {tuple(values.shape)}", "down")
     fits = weights_TP.shape == ids_TP.shape and weights_TP.is_contiguous()
     check(fits and weights_TP.dtype == torch.float32, f"weights {tuple(weights_TP.shape)}", "down")
-    config = config or choose(tokens, chip_of(values.device), block_of(stack.down))
+    config = config or choose(tokens, chip_of(values.device), isinstance(stack.down, Int4Weight))
     room = torch.zeros if foreign else torch.empty
     out = room(tokens, choices, stack.down.codes.shape[1], dtype=torch.float32, device=values.device)
     block_n, stages = config.down_block_n, config.down_stages

@@ -18,7 +18,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
-from .weights import Weight, arguments, block_of, check_weight, dequantise_weight
+from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight
 
 
 @triton.jit(do_not_specialize=["M", "x_scales_stride", "span"])
@@ -26,7 +26,7 @@ def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, w_stride_e, w_stride, scales_ptr,
     scales_stride_e, scales_stride, order_ptr, out_ptr, part_ptr, counter_ptr, M, N, K, span,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
-    KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
     INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, splits of K, tiles of M. ``span``: blocks of K in a split."""
@@ -37,13 +37,13 @@ def _rows(
     row_J = (matrix_J + tl.minimum(n + j_J % BLOCK_N, N - 1)).to(tl.int64)
     m_M = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_block = tl.program_id(1) * span
-    last_block = tl.minimum(first_block + span, tl.cdiv(K, BLOCK_K))
+    last_block = tl.minimum(first_block + span, tl.cdiv(K, 128))
     pdl.wait(PDL)
     pdl.release(PDL)
     out_JM = tiles.rows_product(
         x_ptr, m_M, m_M < M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, row_J, w_stride,
         scales_ptr, (matrix_J + n) // 128, scales_stride, order_ptr, first_block, last_block, K,
-        KIND, BLOCK_K, QUANTISED, EVEN_K, INSTRUCTION, STAGES,
+        KIND, GROUPS, QUANTISED, EVEN_K, INSTRUCTION, STAGES,
     )  # fmt: skip
     if GATED:
         gate_NM, up_NM = tl.split(tl.permute(tl.reshape(out_JM, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
@@ -73,22 +73,13 @@ class Config(NamedTuple):
     stages: int
 
 
-def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, block: int = GROUP) -> Config:
+def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: bool = False) -> Config:
     """The fastest of a sweep on an H200 (benchmarks/kernels.json): as many tiles as run at once, none in a second wave.
 
-    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one. ``block``: the
-    columns of a step. Where they are pairs of groups of INT4, activations take as much room as weights, so a processor
-    has one program or three, with as many stages as fit; these are not swept yet.
+    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one.
     """
-    config = _choose(rows, outputs, inputs, gated, chip)
-    if block == GROUP:
-        return config
-    stage = tiles.int4_stage(2 * config.block_n if gated else config.block_n, config.block_m, block)
-    room = chip.shared_memory * 2 // 3 if config.stages > 4 else chip.shared_memory // 3
-    return config._replace(stages=max(2, min(config.stages, room // stage)))
-
-
-def _choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Config:
+    if int4 and chip.shared_memory >= 160 << 10:
+        return _choose_int4(rows, outputs, inputs, gated, chip)
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     few = block_m == 16
     deep, shallow = (6, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
@@ -101,6 +92,19 @@ def _choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Co
         return Config(block_m, 128, 1, 4, shallow)
     splits = min(8 if few else 4, 2 * chip.processors // programs) if inputs >= 4096 else 1
     return Config(block_m, 64, max(1, splits), 4, shallow)
+
+
+def _choose_int4(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Config:
+    """Decoding is work for many warps: four programs on a processor. Not swept yet.
+
+    With up to eight rows, products are those of single warps, which do not wait for each other.
+    """
+    block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
+    if gated:
+        return Config(block_m, 32 if rows <= 8 else 64, 1, 4, 4)
+    block_n = 128 if inputs >= 8192 else 64
+    splits = min(8, 4 * chip.processors // triton.cdiv(outputs, block_n)) if inputs >= 4096 else 1
+    return Config(block_m, block_n, max(1, splits), 4, 4)
 
 
 def few_rows(
@@ -118,7 +122,7 @@ def few_rows(
     check_weight(weight, values_MK, chip, name)
     outputs = weight.codes.shape[0] // 2 if gated else weight.codes.shape[0]
     check(not gated or outputs % GROUP == 0, "gate and up rows must be whole blocks", name)
-    config = config or choose(rows, outputs, inputs, gated, chip, block_of(weight))
+    config = config or choose(rows, outputs, inputs, gated, chip, isinstance(weight, Int4Weight))
     check(not gated or config.splits == 1, "a gated product cannot be split", name)
     device = values_MK.device
     out = torch.empty(rows, outputs, dtype=torch.bfloat16, device=device)
@@ -130,7 +134,7 @@ def few_rows(
     pointers, constants = arguments(weight, chip)
     _rows[(triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))](
         values_MK, values_MK.stride(0), x_scales, *x_scales_strides, *pointers, out, part, counter, rows, outputs,
-        inputs, triton.cdiv(triton.cdiv(inputs, block_of(weight)), config.splits),
+        inputs, triton.cdiv(triton.cdiv(inputs, GROUP), config.splits),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=config.splits, STAGES=config.stages, GATED=gated,
         QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
     )  # fmt: skip

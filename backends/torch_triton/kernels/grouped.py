@@ -21,7 +21,7 @@ import triton.language as tl
 from . import e4m3, grouped_hopper, int4, pdl
 from .chips import Chip, check, chip_of, options
 from .quant import GROUP, Codes, dequantise
-from .weights import Fp8Weight, Weight, arguments, block_of, check_weight, dequantise_weight, matrix_of
+from .weights import Fp8Weight, Int4Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
 
 
 class Sorted(NamedTuple):
@@ -62,7 +62,7 @@ def _grouped(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, factors_ptr, pair_ptr, expert_ptr, start_ptr,
     rows_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride, order_ptr, out_ptr, R, E,
     N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SCATTER: tl.constexpr,
-    KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
     INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, tiles of pairs. SCATTER: results are multiplied by factors and stored where pairs were.
@@ -92,9 +92,9 @@ def _grouped(
     scales_ptr += expert * scales_stride_e
     if KIND == "int4":
         if order_ptr is not None:
-            order_ptr += expert * (tl.cdiv(K, BLOCK_K) * BLOCK_K)
+            order_ptr += expert * (tl.cdiv(K, 128) * 128)
         acc_MJ = _int4_product(
-            x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, BLOCK_K // 2, EVEN_K, INSTRUCTION,
+            x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, GROUPS, EVEN_K, INSTRUCTION,
             STAGES,
         )  # fmt: skip
     elif KIND == "int8":
@@ -143,28 +143,26 @@ def _block(x_ptr_M, w_ptr_J, block, K, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _int4_product(
-    x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, GROUP: tl.constexpr,
+    x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, GROUPS: tl.constexpr,
     EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[M, J]. Weights are the left operand: what is computed in registers goes from there to Hopper's matrix units."""
-    x_X = tl.arange(0, GROUP)
+    w_ptrs_JX = w_ptr_J[:, None] + tl.arange(0, 32)[None, :]
     acc_JM = tl.zeros((w_ptr_J.shape[0], x_ptr_M.shape[0]), tl.float32)
-    for pair in tl.range(0, tl.cdiv(K, 2 * GROUP), num_stages=STAGES):
-        bytes_JX = tl.load(w_ptr_J[:, None] + (pair * GROUP + x_X)[None, :])
-        word_ptrs_J = scales_ptr + 2 * pair * scales_stride + w_row_J
-        low_scale_J, low_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J))
-        high_scale_J, high_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J + scales_stride))
-        halves = int4.decode(bytes_JX, low_zero_J, high_zero_J, INSTRUCTION)
-        for half in tl.static_range(2):
-            k_X = (2 * pair + half) * GROUP + x_X
+    for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+        words_JX = tl.load(w_ptrs_JX + block * 32)
+        groups = int4.load_groups(scales_ptr + block * GROUPS * scales_stride + w_row_J, scales_stride, GROUPS)
+        fields = int4.decode(words_JX, groups, INSTRUCTION)
+        for group in tl.static_range(GROUPS):
+            k_X = block * 128 + group * (128 // GROUPS) + tl.arange(0, 128 // GROUPS)
             from_X = k_X if order_ptr is None else tl.load(order_ptr + k_X)
             x_ptrs_MX = x_ptr_M[:, None] + from_X[None, :]
             if EVEN_K:
                 x_MX = tl.load(x_ptrs_MX)
             else:
                 x_MX = tl.load(x_ptrs_MX, mask=tl.broadcast_to((k_X < K)[None, :], x_ptrs_MX.shape), other=0.0)
-            scale_J = high_scale_J if half else low_scale_J
-            acc_JM += tl.dot(halves[half], tl.trans(x_MX)) * scale_J[:, None]
+            product_JM = tl.dot(int4.channels(fields, group, GROUPS), tl.trans(x_MX))
+            acc_JM += product_JM * int4.scale(groups, group, GROUPS)[:, None]
     return tl.trans(acc_JM)
 
 
@@ -184,18 +182,18 @@ def choose_for_experts(pairs: int, stack: Sequence[Weight], chip: Chip) -> Confi
     """Of both products of a stack [gate and up, down], for ``pairs`` of its own."""
     if pairs >= HOPPER_PAIRS * len(stack[0].codes) and all(grouped_hopper.takes(weight, chip) for weight in stack):
         return HOPPER
-    return choose(chip, block_of(stack[0]))
+    return choose(chip, isinstance(stack[0], Int4Weight), pairs // len(stack[0].codes))
 
 
-def choose(chip: Chip, block: int = GROUP) -> Config:
+def choose(chip: Chip, int4: bool = False, rows: int = GROUP) -> Config:
     """Tiles small enough that three programs share a processor: one multiplies while others add up or wait.
 
-    ``block``: columns of a step, of which twice as many BF16 activations are to be kept where they are not `GROUP`.
+    INT4 weights are decoded once for up to 128 ``rows`` of a matrix; not swept yet.
     """
-    if block != GROUP:
-        return Config(64, 64, 4, 2) if chip.shared_memory < 160 << 10 else Config(64, 128, 8, 2)
     if chip.shared_memory < 160 << 10:
         return Config(64, 64, 4, 2)
+    if int4:
+        return Config(128, 128, 8, 3) if rows >= GROUP else Config(64, 128, 4, 3)
     return Config(64, 128, 4, 3)
 
 
@@ -237,7 +235,7 @@ def _launch(
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
     outputs = weight.codes.shape[-2]
-    config = config or choose(chip, block_of(weight))
+    config = config or choose(chip, isinstance(weight, Int4Weight))
     check_weight(weight, values, chip, name)
     check(len(values) >= config.block_m, f"{len(values)} rows are less than a tile", name)
     room = torch.zeros if foreign else torch.empty

@@ -18,14 +18,14 @@ from . import e4m3, int4
 def rows_product(
     x_ptr, x_row_M, x_valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
     w_ptr, row_J, w_stride, scales_ptr, scale_row_J, scales_stride, order_ptr, first_block, last_block, K,
-    KIND: tl.constexpr, BLOCK_K: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
     INSTRUCTION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """W x^T in FP32, [J, M], over the blocks given. ``scale_row_J``: each row's row of blocks."""
     if KIND == "int4":
         acc_JM = _int4_product(
             x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, scales_ptr, scales_stride, order_ptr,
-            first_block, last_block, K, BLOCK_K // 2, EVEN_K, INSTRUCTION, STAGES,
+            first_block, last_block, K, GROUPS, EVEN_K, INSTRUCTION, STAGES,
         )  # fmt: skip
     elif KIND == "int8":
         sum_JM = tl.zeros((row_J.shape[0], x_row_M.shape[0]), tl.int32)
@@ -69,26 +69,24 @@ def _block(x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, block, K
 @triton.jit
 def _int4_product(
     x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, w_stride, scales_ptr, scales_stride, order_ptr,
-    first_pair, last_pair, K, GROUP: tl.constexpr, EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr,
+    first_block, last_block, K, GROUPS: tl.constexpr, EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """By pairs of groups. Activations past K are zero, so that codes past it may be anything."""
-    x_X = tl.arange(0, GROUP)
+    """Activations past K are zero, so that codes past it may be anything."""
     x_ptr_M = x_ptr + x_row_M * x_stride
+    w_ptrs_JX = w_ptr + (row_J * w_stride)[:, None] + tl.arange(0, 32)[None, :]
     acc_JM = tl.zeros((row_J.shape[0], x_row_M.shape[0]), tl.float32)
-    for pair in tl.range(first_pair, last_pair, num_stages=STAGES):
-        bytes_JX = tl.load(w_ptr + (row_J * w_stride)[:, None] + (pair * GROUP + x_X)[None, :])
-        word_ptrs_J = scales_ptr + 2 * pair * scales_stride + row_J
-        low_scale_J, low_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J))
-        high_scale_J, high_zero_J = int4.scale_and_zero(tl.load(word_ptrs_J + scales_stride))
-        halves = int4.decode(bytes_JX, low_zero_J, high_zero_J, INSTRUCTION)
-        for half in tl.static_range(2):
-            k_X = (2 * pair + half) * GROUP + x_X
+    for block in tl.range(first_block, last_block, num_stages=STAGES):
+        words_JX = tl.load(w_ptrs_JX + block * 32)
+        groups = int4.load_groups(scales_ptr + block * GROUPS * scales_stride + row_J, scales_stride, GROUPS)
+        fields = int4.decode(words_JX, groups, INSTRUCTION)
+        for group in tl.static_range(GROUPS):
+            k_X = block * 128 + group * (128 // GROUPS) + tl.arange(0, 128 // GROUPS)
             valid_MX = x_valid_M[:, None] if EVEN_K else x_valid_M[:, None] & (k_X < K)[None, :]
             from_X = k_X if order_ptr is None else tl.load(order_ptr + k_X)
             x_MX = tl.load(x_ptr_M[:, None] + from_X[None, :], mask=valid_MX, other=0.0)
-            scale_J = high_scale_J if half else low_scale_J
-            acc_JM += tl.dot(halves[half], tl.trans(x_MX)) * scale_J[:, None]
+            product_JM = tl.dot(int4.channels(fields, group, GROUPS), tl.trans(x_MX))
+            acc_JM += product_JM * int4.scale(groups, group, GROUPS)[:, None]
     return acc_JM
 
 
@@ -108,8 +106,3 @@ def is_last(counter_ptr, programs):
 @triton.jit
 def silu_product(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
-
-
-def int4_stage(weight_rows: int, rows: int, block: int) -> int:
-    """Bytes of shared memory that one stage of an INT4 product takes, for ``block`` columns."""
-    return weight_rows * block // 2 + 2 * rows * block

@@ -4,13 +4,13 @@ A matrix [N, K] may be one of a stack: every tensor then has a leading axis E. A
 
 - FP8: e4m3 codes in the chip's form, a scale for each block of 128 x 128; partial blocks at the edges are legal.
 - INT8: signed codes, a scale for each row, or for each block of 128 x 128.
-- INT4: (code - zero point) * scale, both for a group of 32, 64 or 128 channels of a row. Channels come in pairs of
-  groups, up to a whole pair: byte j of pair p holds channel j of group 2p in its low four bits, and channel j of group
-  2p + 1 in its high ones, so that either half of a loaded tile is a tile of one group. A group's scale and zero point
-  are one word, for which a copy to shared memory in the background is possible: the upper 24 bits of the FP32 scale
-  (exact for scales that are stored in F16 or BF16) above 128 + zero point. Words lie group by group: a tile of rows
-  reads them in one piece. ``order`` says where the input of each channel is: GPTQ with act-order sorts channels into
-  groups.
+- INT4: (code - zero point) * scale, both for a group of 32, 64 or 128 channels of a row. Channels lie in blocks of 128,
+  of 32 words of 16 bits: word h holds channels h, 32 + h, 64 + h and 96 + h, the first in the lowest bits. The same
+  field of a tile of words is then a tile of neighbouring channels, and two words side by side are decoded at once, in
+  the registers from which matrix units take them. A group's scale and zero point are one word of 32 bits, which can be
+  copied to shared memory in the background: the upper 24 bits of the FP32 scale (exact for scales that are stored in
+  F16 or BF16) above 128 + zero point. These lie group by group: a tile of rows reads them in one piece. ``order`` says
+  where the input of each channel is: GPTQ with act-order sorts channels into groups.
 
 Shape letters: N rows (out), K columns (in), R x C blocks, G groups.
 """
@@ -43,14 +43,14 @@ class Int8Weight(NamedTuple):
 
 
 class Int4Weight(NamedTuple):
-    codes: Tensor  # [N, G * group / 2] uint8; G is even
-    scales: Tensor  # [G, N] int32 words of scale and zero point
+    codes: Tensor  # [N, 32 C] int16, C blocks
+    scales: Tensor  # [G, N] int32 words of scale and zero point, for whole blocks
     inputs: int  # K
-    order: Tensor | None = None  # [G * group] int32
+    order: Tensor | None = None  # [128 C] int32
 
     @property
     def group(self) -> int:
-        return 2 * self.codes.shape[-1] // self.scales.shape[-2]
+        return 4 * self.codes.shape[-1] // self.scales.shape[-2]
 
 
 Weight = Fp8Weight | Int8Weight | Int4Weight
@@ -68,11 +68,6 @@ def inputs_of(weight: Weight) -> int:
     return weight.inputs if isinstance(weight, Int4Weight) else weight.codes.shape[-1]
 
 
-def block_of(weight: Weight) -> int:
-    """The columns that a kernel takes at a time."""
-    return 2 * weight.group if isinstance(weight, Int4Weight) else GROUP
-
-
 def arguments(weight: Weight, chip: Chip) -> Arguments:
     """How kernels take ``weight``: a matrix, or a stack."""
     codes, scales = weight.codes, weight.scales
@@ -88,8 +83,8 @@ def arguments(weight: Weight, chip: Chip) -> Arguments:
     order = weight.order if isinstance(weight, Int4Weight) else None
     constants = {
         "KIND": kind,
-        "BLOCK_K": block_of(weight),
-        "EVEN_K": inputs_of(weight) % block_of(weight) == 0,
+        "GROUPS": GROUP // weight.group if isinstance(weight, Int4Weight) else 1,
+        "EVEN_K": inputs_of(weight) % GROUP == 0,
         "INSTRUCTION": chip.name.startswith("sm_"),
     }
     return Arguments((codes, of_matrix[0], codes.stride(-2), scales, of_matrix[1], row, order), constants)
@@ -109,11 +104,11 @@ def check_weight(weight: Weight, x: Tensor, chip: Chip, kernel: str) -> None:
         wanted, takes = grid if weight.has_blocks else shape[:-1], (torch.int8,)
         check(codes.dtype == torch.int8, f"weights in {codes.dtype}", kernel)
     else:
-        wanted, takes = (*shape[:-2], 2 * shape[-1] // weight.group, shape[-2]), (torch.bfloat16,)
-        check(codes.dtype == torch.uint8 and weight.group in (32, 64, 128), f"groups of {weight.group}", kernel)
-        check(shape[-1] == triton.cdiv(weight.inputs, 2 * weight.group) * weight.group, f"codes {shape}", kernel)
+        wanted, takes = (*shape[:-2], 4 * shape[-1] // weight.group, shape[-2]), (torch.bfloat16,)
+        check(codes.dtype == torch.int16 and weight.group in (32, 64, 128), f"groups of {weight.group}", kernel)
+        check(shape[-1] == triton.cdiv(weight.inputs, GROUP) * GROUP // 4, f"codes {shape}", kernel)
         order = weight.order
-        fits = order is None or (order.is_contiguous() and order.shape == (*shape[:-2], 2 * shape[-1]))
+        fits = order is None or (order.is_contiguous() and order.shape == (*shape[:-2], 4 * shape[-1]))
         check(fits and (order is None or order.dtype == torch.int32), "order of another size", kernel)
     check(x.dtype in takes, f"{chip.name} takes no {x.dtype} activations for weights in {codes.dtype}", kernel)
     dtype = torch.int32 if isinstance(weight, Int4Weight) else torch.float32
@@ -141,15 +136,26 @@ def dequantise_weight(weight: Weight) -> Tensor:
 
 
 def _dequantise_int4(weight: Int4Weight) -> Tensor:
-    group = weight.group
-    bytes_NPX = weight.codes.unflatten(1, (-1, group))
-    codes_NGX = torch.stack([bytes_NPX & 15, bytes_NPX >> 4], 2).flatten(1, 2)
+    codes_NGX = int4_codes(weight.codes).unflatten(1, (-1, weight.group))
     scales_NG1, zeros_NG1 = (part.t()[:, :, None] for part in scale_and_zero(weight.scales))
     values_NGX = (codes_NGX.float() - zeros_NG1) * scales_NG1
     sorted_NK = values_NGX.flatten(1)[:, : weight.inputs]
     if weight.order is None:
         return sorted_NK
     return torch.empty_like(sorted_NK).index_copy_(1, weight.order[: weight.inputs].long(), sorted_NK)
+
+
+def int4_words(codes_NK: Tensor) -> Tensor:
+    """int16 words of codes 0 … 15 of whole blocks."""
+    fields_NCFX = codes_NK.to(torch.int16).unflatten(1, (-1, 4, GROUP // 4))
+    first, second, third, fourth = fields_NCFX.unbind(2)
+    return (first | second << 4 | third << 8 | fourth << 12).flatten(1)
+
+
+def int4_codes(words: Tensor) -> Tensor:
+    """The inverse of `int4_words`."""
+    words_NCX = words.unflatten(1, (-1, GROUP // 4))
+    return torch.stack([words_NCX >> 4 * field & 15 for field in range(4)], 2).flatten(1)
 
 
 def words_of(scales: Tensor, zeros: Tensor) -> Tensor:
