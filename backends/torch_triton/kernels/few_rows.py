@@ -100,11 +100,12 @@ def _choose_int4(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) 
     With up to eight rows, products are those of single warps, which do not wait for each other.
     """
     block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
+    warps = 8 if rows > 16 else 4  # 128 weight rows and 64 others are too much for the registers of four
     if gated:
-        return Config(block_m, 32 if rows <= 8 else 64, 1, 4, 4)
-    block_n = 128 if inputs >= 8192 else 64
+        return Config(block_m, 32 if rows <= 8 else 64, 1, warps, 4)
+    block_n = 128 if inputs >= 8192 or rows > 16 else 64
     splits = min(8, 4 * chip.processors // triton.cdiv(outputs, block_n)) if inputs >= 4096 else 1
-    return Config(block_m, block_n, max(1, splits), 4, 4)
+    return Config(block_m, block_n, max(1, splits), warps, 4)
 
 
 def few_rows(
