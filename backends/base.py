@@ -219,7 +219,10 @@ class CountsExperts(Protocol):
     """A runner that can tell which experts a step uses, for the bytes that it must read."""
 
     def experts_hit(self, batch: StepBatch) -> list[int]:
-        """Distinct routed experts of each MoE layer; runs ``batch``, a decode step, once more."""
+        """Distinct routed experts of each MoE layer that the ranks use together; empty if this runner cannot tell.
+
+        Runs ``batch``, a decode step, once more; all ranks take part.
+        """
 
 
 class Backend(Protocol):

@@ -11,12 +11,23 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Pending, Rank, Runner, Sampling, StartsAhead, StepBatch, StepResult, Weights, starts_ahead
+from .base import (
+    CountsExperts,
+    Pending,
+    Rank,
+    Runner,
+    Sampling,
+    StartsAhead,
+    StepBatch,
+    StepResult,
+    Weights,
+    starts_ahead,
+)
 
 _FIRST_WORDS = 2048
 _END = 0  # in place of a step's length
 _HEADER = ("words", "tokens", "sequences", "table_width", "flags")
-_RETURN_LOGITS, _DRAFT, _NEXT_IDS = 1, 2, 4
+_RETURN_LOGITS, _DRAFT, _NEXT_IDS, _COUNTS_EXPERTS = 1, 2, 4, 8
 
 Words = NDArray[np.int32]
 
@@ -50,6 +61,13 @@ class Leader:
         _send(self._rank, pack(batch))
         return self._runner.start(batch)
 
+    def experts_hit(self, batch: StepBatch) -> list[int]:
+        """See `base.CountsExperts`."""
+        if not isinstance(self._runner, CountsExperts):
+            return []
+        _send(self._rank, pack(batch, _COUNTS_EXPERTS))
+        return self._runner.experts_hit(batch)
+
     def close(self) -> None:
         _send(self._rank, np.full(1, _END, np.int32))
 
@@ -59,6 +77,10 @@ def follow(runner: Runner, rank: Rank) -> None:
     pending: Pending | None = None
     for words in _received(rank):
         batch = unpack(words)
+        if _flags(words) & _COUNTS_EXPERTS:
+            assert isinstance(runner, CountsExperts), "rank 0's counts them"
+            runner.experts_hit(batch)
+            continue
         if not starts_ahead(runner):
             runner.step(batch)
             continue
@@ -67,10 +89,11 @@ def follow(runner: Runner, rank: Rank) -> None:
             before.result()
 
 
-def pack(batch: StepBatch) -> Words:
+def pack(batch: StepBatch, more_flags: int = 0) -> Words:
     """A step as words; floats and seeds keep their bits."""
     sampling, next_ids = batch.sampling, batch.next_token_ids_B
     flags = _RETURN_LOGITS * batch.return_logits + _DRAFT * batch.draft + _NEXT_IDS * (next_ids is not None)
+    flags += more_flags
     arrays = [
         batch.token_ids_T, batch.query_lens_B, batch.context_lens_B, batch.block_tables_BM, batch.num_outputs_B,
         sampling.temperature_B, sampling.top_k_B, sampling.top_p_B, sampling.seed_B,
@@ -103,6 +126,10 @@ def unpack(words: Words) -> StepBatch:
         return_logits=bool(flags & _RETURN_LOGITS), draft=bool(flags & _DRAFT),
         next_token_ids_B=take(sequences) if flags & _NEXT_IDS else None,
     )  # fmt: skip
+
+
+def _flags(words: Words) -> int:
+    return int(words[_HEADER.index("flags")])
 
 
 def _send(rank: Rank, words: Words) -> None:

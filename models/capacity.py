@@ -6,21 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .costs import cache_bytes, distinct_experts
+from .costs import Precision, cache_bytes
 from .errors import InputError
 from .holding import Holding, check_groups, shard_bytes
 from .sharding import Grid, Shard, check_divides, shards, stage_layers
 from .spec import ModelSpec
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How values are held: linear weights, and the cache ("fp32", "bf16" or "fp8")."""
-
-    weights: Holding
-    cache: str
 
 
 @dataclass(frozen=True)
@@ -43,21 +35,6 @@ class StagePlan:
     def cache_tokens(self, budget_bytes: int) -> int:
         """Tokens whose cache fits beside weights and activations into ``budget_bytes``; 0 when not even those fit."""
         return max(0, budget_bytes - self.fixed_bytes) // self.cache_bytes_per_token
-
-
-def decode_bytes_of_rank(
-    spec: ModelSpec, stage: StagePlan, precision: Precision, batch: int, context: int, replicas: int = 1
-) -> int:
-    """Bytes that a rank of ``stage`` reads in a decode step of ``batch`` sequences, spread over ``replicas``.
-
-    Its weights once, of the routed experts those that even routing would hit, and its sequences' cache. Neither the
-    embedding, of which a step reads rows, nor the MTP layer.
-    """
-    hit = distinct_experts(spec, batch) / spec.n_routed_experts if spec.n_routed_experts else 0.0
-    shares = {"expert": hit, "embedding": 0.0, "mtp": 0.0}
-    weights = sum(size * shares.get(group, 1.0) for group, size in stage.weight_bytes.items())
-    sequences = -(-batch // replicas)
-    return round(weights) + sequences * context * len(stage.layers) * cache_bytes(spec, precision.cache)
 
 
 def plan_stages(

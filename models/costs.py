@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from .params import Param, parameters
+from dataclasses import dataclass
+
+from .holding import Holding, shard_bytes
+from .params import parameters
+from .sharding import Grid, shards, stage_layers
 from .spec import ModelSpec
 
-# Bytes a value of a linear weight, its scales (FP8 and INT4 blocks, INT8 rows) included where they count.
-LINEAR_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "w8a8": 1.0, "int4": 0.5 + 4 / 128}
 CACHE_GROUP = 128  # latent values that share a scale in an FP8 cache
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How values are held: linear weights, and the cache ("fp32", "bf16" or "fp8")."""
+
+    weights: Holding
+    cache: str
 
 
 def distinct_experts(spec: ModelSpec, tokens: int) -> float:
@@ -27,29 +37,34 @@ def cache_bytes(spec: ModelSpec, dtype: str) -> int:
 
 
 def decode_bytes(
-    spec: ModelSpec, batch: int, context: int, dtype: str, kv_dtype: str, experts: float | None = None
-) -> int:
-    """Bytes that a decode step of ``batch`` sequences reads: the weights that it uses once, and each one's cache.
+    spec: ModelSpec, grid: Grid, precision: Precision, batch: int, context: int, experts: float | None = None
+) -> list[int]:
+    """Bytes that a rank of each pipeline stage reads in a decode step of ``batch`` sequences: their sum over a device's
+    bandwidth is the least time of a step, for ranks of a stage read side by side, and stages take turns.
 
-    ``experts``: the distinct routed experts of a layer that the step uses, on average; None: as even routing would.
-
-    ``dtype`` and ``kv_dtype`` say how linear weights and cache are held. Everything else is read in BF16, or in FP32
-    where the linear weights are. MTP layers are not run.
+    A rank reads the weights that it uses once, and the cache of its replica's sequences. ``experts``: the distinct
+    routed experts of a layer that the step uses on all ranks together, on average, of which a rank is counted its even
+    part; None: as many as even routing would. MTP layers are not run.
     """
-    plain = 4.0 if dtype == "fp32" else 2.0
+    sequences = -(-batch // grid.dp)
+    if spec.n_routed_experts and experts is None:
+        experts = distinct_experts(spec, batch)
+    used = experts / spec.n_routed_experts if experts else 0.0
+    return [_stage_bytes(spec, grid, precision, stage, sequences, context, used) for stage in range(grid.pp)]
+
+
+def _stage_bytes(
+    spec: ModelSpec, grid: Grid, precision: Precision, stage: int, sequences: int, context: int, experts: float
+) -> int:
+    """``experts``: the part of the routed ones that is used."""
     total = 0.0
-    for param in parameters(spec, mtp=False):
-        width = LINEAR_BYTES[dtype] if param.quantised else plain
-        total += width * _values_read(spec, param, batch, distinct_experts(spec, batch) if experts is None else experts)
-    return round(total) + batch * context * spec.num_hidden_layers * cache_bytes(spec, kv_dtype)
-
-
-def _values_read(spec: ModelSpec, param: Param, batch: int, experts: float) -> float:
-    if param.group == "embedding":
-        return batch * spec.hidden_size
-    if param.group == "expert":
-        return param.size * experts / spec.n_routed_experts
-    return param.size
+    for shard in shards(spec, grid, stage * grid.stage_ranks, mtp=False):
+        param = shard.param
+        size = shard_bytes(shard, precision.weights)
+        rows = sequences / param.shape[0] if param.group == "embedding" else 1.0
+        total += size * (experts if param.group == "expert" else rows)
+    layers = len(stage_layers(spec, grid, stage))
+    return round(total) + sequences * context * layers * cache_bytes(spec, precision.cache)
 
 
 def prefill_flops(spec: ModelSpec, sequences: int, tokens: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from .. import backends
-from ..backends.base import FloatArray, Rank, Runner, Weights
+from ..backends.base import FloatArray, Rank, Runner, Weights, stored_as
 from ..backends.leading import Leader, follow
 from ..configs.schema import RunConfig, load_run
 from ..convert.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from ..convert.weights import CheckpointWeights
 from ..models.catalog import load_spec
 from ..models.errors import InputError
 from ..models.hf_config import spec_from_hf
+from ..models.holding import Held, Holding
 from ..models.quant import StoredInt4
 from ..models.spec import ModelSpec, nearest
 from ..serving.batch import GenerationOptions, prompt_logits
@@ -66,6 +67,7 @@ class Session:
     spec: ModelSpec
     rank: Rank
     runner: Runner
+    holding: Holding  # how the runner holds linear weights
     optional_tokenizer: Tokenizer | None
     stop_token_ids: frozenset[int]
     opened: ExitStack  # the files and the runner, closed in reverse order
@@ -147,7 +149,8 @@ def open_run(run: RunConfig) -> Session:
         if rank.world_size > 1:
             runner = Leader(runner, rank)
             opened.callback(runner.close)
-        return Session(run, spec, rank, runner, tokenizer, stop_tokens, opened.pop_all())
+        holding = holding_of(run, runner.dtype, stored_as(weights))
+        return Session(run, spec, rank, runner, holding, tokenizer, stop_tokens, opened.pop_all())
 
 
 def open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint: Checkpoint | None) -> Weights:
@@ -158,6 +161,11 @@ def open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint:
         has_config = (checkpoint.directory / "config.json").is_file()
         return opened.enter_context(closing(LayoutSource(checkpoint.directory, None if has_config else run.model.spec)))
     return CheckpointWeights(checkpoint, spec)
+
+
+def holding_of(run: RunConfig, dtype: str, stored: Mapping[str, Held]) -> Holding:
+    """How a run's backend holds linear weights: torch_triton alone leaves some in another format than the run's."""
+    return Holding(dtype, stored if run.backend == "torch_triton" else {})
 
 
 class CountedWeights:

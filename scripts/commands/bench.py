@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ... import backends
-from ...models.costs import decode_bytes, prefill_flops
+from ...models.costs import Precision, decode_bytes, prefill_flops
 from ...models.errors import InputError
+from ...models.sharding import Grid
 from ..options import add_run
 from ..runtime import Session, note, open_run, read_run
 from ..timing import Timer
@@ -49,12 +50,17 @@ def run(options: argparse.Namespace) -> int:
 def _decode_rows(
     session: Session, timer: Timer, bandwidth: float, batches: Sequence[int], context: int, steps: int
 ) -> Iterator[Row]:
-    """Bytes count the weights of the experts that a step used, or, where that is unknown, as even routing would."""
+    """Bytes are those that a rank reads, of pipeline stages one of each, as the bandwidth is a device's.
+
+    ``experts_hit`` counts the distinct routed experts of a layer that a step uses, on all ranks together. A rank's
+    bytes have its even part of them, or, where they are unknown, of what even routing would use.
+    """
     spec, runner = session.spec, session.runner
+    grid, precision = Grid(**session.run.parallel.model_dump()), Precision(session.holding, runner.kv_dtype)
     for batch in batches:
         seconds = timer.decode(batch, context, steps)
         hit = timer.experts_hit()
-        read = decode_bytes(spec, batch, context, runner.dtype, runner.kv_dtype, hit)
+        read = sum(decode_bytes(spec, grid, precision, batch, context, hit))
         yield {
             "batch": batch,
             "context": context,

@@ -12,8 +12,9 @@ from typing import Any
 from ...backends.base import stored_as
 from ...configs.schema import RunConfig
 from ...convert.checkpoint import Checkpoint
-from ...models.capacity import GIB, Precision, StagePlan, decode_bytes_of_rank, plan_stages
+from ...models.capacity import GIB, StagePlan, plan_stages
 from ...models.catalog import load_spec
+from ...models.costs import Precision, decode_bytes
 from ...models.errors import InputError
 from ...models.holding import GROUPS, Held, Holding, stored_dtype
 from ...models.params import parameters
@@ -21,7 +22,7 @@ from ...models.sharding import Grid
 from ...models.spec import ModelSpec
 from ..launching import check_ranks
 from ..options import add_run
-from ..runtime import model_spec, note, open_weights, read_run
+from ..runtime import holding_of, model_spec, note, open_weights, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
             spec, deployment.grid, deployment.precision, config.engine.max_batch_tokens, config.engine.max_batch
         )
     )
-    steps = [_decode_step(part, spec, deployment, stages, options.bandwidth) for part in _parts(options.decode)]
+    steps = [_decode_step(part, spec, deployment, options.bandwidth) for part in _parts(options.decode)]
     if options.json:
         print(json.dumps({**_as_json(deployment, stages), **({"decode": steps} if steps else {})}))
     else:
@@ -76,11 +77,9 @@ def _holding(config: RunConfig, spec: ModelSpec) -> Holding:
     is_stored = config.model.weights == "checkpoint"
     stored = _stored(config, spec) if is_stored and config.dtype in ("auto", "w8a8", "int4") else {}
     dtype = _auto_dtype(config, stored_dtype(spec, stored)) if config.dtype == "auto" else config.dtype
-    if config.backend != "torch_triton":
-        return Holding(dtype)
     if dtype == "int4" and is_stored and not stored:
         stored = {param.name: Held("int4", GROUPS[0]) for param in parameters(spec) if param.quantised}
-    return Holding(dtype, stored)
+    return holding_of(config, dtype, stored)
 
 
 def _auto_dtype(config: RunConfig, stored: str) -> str:
@@ -105,17 +104,12 @@ def _parts(text: str | None) -> list[str]:
     return text.split(",") if text else []
 
 
-def _decode_step(
-    part: str, spec: ModelSpec, deployment: Deployment, stages: list[StagePlan], bandwidth: float | None
-) -> dict[str, Any]:
-    """What the rank with the most to do reads in each stage, and how long that takes, one stage after the other."""
+def _decode_step(part: str, spec: ModelSpec, deployment: Deployment, bandwidth: float | None) -> dict[str, Any]:
+    """What a rank of each stage reads, and how long that takes, one stage after the other."""
     batch, _, context = part.partition("x")
     if not (batch.isdecimal() and context.isdecimal() and int(batch)):
         raise InputError(f"{part!r} is not sequences x context", "--decode", "write it as 32x4096")
-    read = [
-        decode_bytes_of_rank(spec, stage, deployment.precision, int(batch), int(context), deployment.grid.dp)
-        for stage in stages
-    ]
+    read = decode_bytes(spec, deployment.grid, deployment.precision, int(batch), int(context))
     step = {"batch": int(batch), "context": int(context), "bytes_of_a_rank": read}
     return step if bandwidth is None else {**step, "ms": sum(read) / bandwidth / 1e6}
 

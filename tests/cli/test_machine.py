@@ -12,7 +12,9 @@ from deepspan import backends
 from deepspan.backends.reference import ReferenceBackend
 from deepspan.backends.reference.runner import ReferenceRunner
 from deepspan.models.catalog import load_spec
-from deepspan.models.costs import decode_bytes, prefill_flops
+from deepspan.models.costs import Precision, decode_bytes, prefill_flops
+from deepspan.models.holding import Holding
+from deepspan.models.sharding import Grid
 from deepspan.scripts import requirements
 from deepspan.scripts.commands import demo
 from deepspan.scripts.timing import Timer
@@ -58,7 +60,8 @@ def test_bench_prints_a_row_for_every_size(deepspan):
         (prefill if "prefill" in row else decode).append(row)
     assert [(row["batch"], row["context"]) for row in decode] == [(1, 20), (3, 20)]
     for row in decode:
-        assert row["bytes_per_step"] == decode_bytes(spec, row["batch"], 20, "fp32", "fp32")
+        precision = Precision(Holding("fp32"), "fp32")
+        assert [row["bytes_per_step"]] == decode_bytes(spec, Grid(), precision, row["batch"], 20)
         assert row["decode_tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["decode_ms"], rel=1e-3)
         assert 0 < row["bandwidth_share"] < 10
     assert [row["prefill"] for row in prefill] == ["1x16", "2x8"]

@@ -30,6 +30,12 @@ class DictWeights:
     def names(self):
         return list(self.values)
 
+    def format(self, name):
+        return "f32"
+
+    def group_size(self, name):
+        return None
+
     def read(self, name, dtype, rows=None, cols=None):
         assert dtype == "f32", "these tests run in float32"
         value = self.values[name]

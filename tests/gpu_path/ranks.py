@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from deepspan.backends.leading import Leader, follow
 from deepspan.backends.torch_triton.gpu.runner import GpuRunner
 from deepspan.backends.torch_triton.rank import join
-from tests.backends.opening import WIDTH, DictWeights, random_tokens, step
+from tests.backends.opening import WIDTH, DictWeights, random_tokens, step, step_batch
 from tests.gpu_path.opening import SPECS, run_of
 from tests.specs import random_weights
 
@@ -33,14 +34,27 @@ def forward(spec, dtype, rank=None, parallel=None):
     ]
     if spec.num_nextn_predict_layers:
         logits.append(step(runner, [(apart + 1, 0, tokens)], draft=True).draft_logits_OV)
-    return np.concatenate(logits)
+    decode = step_batch([(0, 10, tokens[:1]), (apart, 4, tokens[1:2])])
+    return np.concatenate(logits), experts_hit(runner, decode, rank)
+
+
+def experts_hit(runner, batch, rank):
+    """As `deepspan bench` asks for them: rank 0 leads, and another rank has no answer."""
+    if rank is not None and rank.rank > 0:
+        follow(runner, rank)
+        return np.empty(0)
+    if rank is not None:
+        runner = Leader(runner, rank)
+    hit = np.array(runner.experts_hit(batch))
+    runner.close()
+    return hit
 
 
 def main(folder):
     for mode, dtype, number in CASES:
         rank = join(run_of(dtype, MODES[mode]))
-        logits = forward(list(SHARED.values())[number], dtype, rank, MODES[mode])
-        np.save(folder / f"{mode}-{dtype}-{number}-{rank.rank}.npy", logits)
+        logits, hit = forward(list(SHARED.values())[number], dtype, rank, MODES[mode])
+        np.savez(folder / f"{mode}-{dtype}-{number}-{rank.rank}.npz", logits=logits, hit=hit)
 
 
 if __name__ == "__main__":

@@ -43,16 +43,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single():
-    """The logits of one process, by precision and spec."""
+    """Logits of one process and the experts that a step of it uses, by precision and spec."""
     cases = dict.fromkeys((dtype, number) for _, dtype, number in CASES)
     return {(dtype, number): forward(list(SHARED.values())[number], dtype) for dtype, number in cases}
 
 
 @pytest.mark.parametrize(("mode", "dtype", "number"), CASES)
 def test_two_ranks_compute_what_one_does(folder, single, mode, dtype, number):
-    first, second = (np.load(folder / f"{mode}-{dtype}-{number}-{rank}.npy") for rank in range(2))
-    np.testing.assert_array_equal(first, second)
-    assert median_token_difference(first, single[dtype, number]) <= TOLERANCE[dtype]
+    first, second = (np.load(folder / f"{mode}-{dtype}-{number}-{rank}.npz") for rank in range(2))
+    logits, hit = single[dtype, number]
+    np.testing.assert_array_equal(first["logits"], second["logits"])
+    assert median_token_difference(first["logits"], logits) <= TOLERANCE[dtype]
+    assert len(first["hit"]) == len(hit) > 0
+    assert np.abs(first["hit"] - hit).max() <= 1  # rounding tips a choice of a token here and there
 
 
 def test_slices_of_fp8_weights_are_their_blocks():

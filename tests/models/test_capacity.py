@@ -2,9 +2,9 @@
 
 import pytest
 
-from deepspan.models.capacity import Precision, plan_stages
+from deepspan.models.capacity import plan_stages
 from deepspan.models.catalog import load_spec
-from deepspan.models.costs import cache_bytes
+from deepspan.models.costs import Precision, cache_bytes
 from deepspan.models.errors import InputError
 from deepspan.models.holding import Held, Holding
 from deepspan.models.params import parameters, total_parameters

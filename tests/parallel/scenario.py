@@ -41,6 +41,12 @@ class SlicedWeights:
     def names(self):
         return list(self.values)
 
+    def format(self, name):
+        return "f32"
+
+    def group_size(self, name):
+        return None
+
     def read(self, name, dtype, rows=None, cols=None):
         assert dtype == "f32"
         value = self.values[name][slice(*rows) if rows else slice(None)]

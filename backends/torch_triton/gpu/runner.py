@@ -117,9 +117,17 @@ class GpuRunner:
     def experts_hit(self, batch: StepBatch) -> list[int]:
         """See `base.CountsExperts`."""
         assert self._model is not None, "closed"
-        step = self._mixed_step(batch, len(batch.token_ids_T))
-        tokens, experts = len(batch.token_ids_T), self.spec.num_experts_per_tok
-        return [len(ids_TP[:tokens, :experts].unique()) for ids_TP in self._model.routed(step)]
+        spec, mesh = self.spec, self._mesh
+        share = share_of(batch, mesh, self._replica_blocks)
+        step = self._mixed_step(share.batch, max(share.tokens))
+        row_T = torch.arange(len(step.token_ids_T), device=self._device)
+        is_token_S = torch.cat([row_T < count for count in share.tokens])  # and not padding, of each replica
+        hit_L = torch.zeros(spec.num_hidden_layers, device=self._device)
+        own = [layer for layer in stage_layers(spec, mesh.grid, mesh.pp.index) if spec.is_moe(layer)]
+        for layer, ids_SP in zip(own, self._model.routed(step), strict=True):
+            hit_L[layer] = len(ids_SP[is_token_S, : spec.num_experts_per_tok].unique())
+        hit_L = mesh.pp.total(hit_L)
+        return [int(hit) for layer, hit in enumerate(hit_L.tolist()) if spec.is_moe(layer)]
 
     def close(self) -> None:
         self._model = None
