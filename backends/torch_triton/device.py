@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import platform
 from collections.abc import Mapping
+
+# torch-npu asks every `import torch` to import it, too; here that happens when an NPU is chosen.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import psutil
 import torch
@@ -16,22 +21,50 @@ from ...models.spec import ModelSpec
 from ..memory import GIB
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_NPU = "npu"
 
 
 def choose_device(run: RunConfig) -> torch.device:
     """Where the run computes; auto is the GPU (NVIDIA's or AMD's, which PyTorch names alike) if there is one."""
-    if run.device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"torch_triton does not run on {run.device} yet", "device", "set it to auto, cuda or cpu")
+    if run.device == "ascend":
+        raise InputError("torch_triton does not run on ascend", "device", "set it to npu, or backend: mindspore_ascend")
+    if run.device == _NPU:
+        _start_npus()
+        return torch.device(_NPU, _local_rank(run))
     if run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("PyTorch finds no GPU here", "device: cuda", "set it to cpu, or install PyTorch for your GPU")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if run.launch.launcher == "torchrun" else 0)
+    return torch.device("cuda", _local_rank(run))
+
+
+def _local_rank(run: RunConfig) -> int:
+    return int(os.environ["LOCAL_RANK"]) if run.launch.launcher == "torchrun" else 0
+
+
+def _start_npus() -> None:
+    """Import torch-npu, which makes PyTorch know NPUs. InputError when it is not there, or finds no CANN or no NPU."""
+    where = f"device: {_NPU}"
+    if importlib.util.find_spec("torch_npu") is None:
+        todo = "install CANN and then pip install 'deepspan[npu]', or set it to cpu"
+        raise InputError("the package torch_npu is not installed", where, todo)
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        todo = "install the CANN that fits it and source its set_env.sh, or set it to cpu"
+        raise InputError(f"torch_npu does not start: {reason}", where, todo) from None
+    if not torch.get_device_module(_NPU).is_available():
+        raise InputError("torch_npu finds no NPU here", where, "set it to cpu, or install the NPU's driver")
+
+
+def is_npu(device: torch.device) -> bool:
+    return device.type == _NPU
 
 
 def collectives(device: torch.device) -> str:
-    """The libraries behind torch.distributed: gloo between hosts, NCCL (RCCL on AMD) between GPUs."""
-    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    """The libraries behind torch.distributed: gloo between hosts, NCCL (RCCL on AMD) and HCCL between devices."""
+    return {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", _NPU: "cpu:gloo,npu:hccl"}[device.type]
 
 
 def choose_gpu_dtype(run: RunConfig, spec: ModelSpec, stored: Mapping[str, Held]) -> str:
@@ -50,6 +83,21 @@ def choose_gpu_kv_dtype(run: RunConfig) -> str:
     return "fp8" if run.engine.kv_dtype == "fp8" else "bf16"
 
 
+def choose_npu_dtype(run: RunConfig, spec: ModelSpec, stored: Mapping[str, Held], device: torch.device) -> str:
+    """How an NPU holds linear weights: bf16 or w8a8; auto follows ``stored`` W8A8. Plain operators take fp32, too."""
+    if run.dtype == "auto":
+        return "w8a8" if stored_dtype(spec, stored) == "w8a8" else "bf16"
+    if run.dtype not in ("bf16", "w8a8") and not (run.dtype == "fp32" and device.type == "cpu"):
+        raise InputError(f"an NPU does not compute in {run.dtype}", "dtype", "set it to auto, bf16 or w8a8")
+    return run.dtype
+
+
+def check_npu_kv_dtype(run: RunConfig) -> None:
+    """An NPU holds the cache in BF16."""
+    if run.engine.kv_dtype not in ("auto", "bf16"):
+        raise InputError(f"an NPU holds no cache in {run.engine.kv_dtype}", "engine.kv_dtype", "set it to auto or bf16")
+
+
 def multiplies_blocks(device: torch.device) -> bool:
     """Whether cuBLASLt multiplies FP8 matrices that have 1 x 128 and 128 x 128 scales there: Hopper, CUDA 12.9 on."""
     if device.type != "cuda" or torch.version.cuda is None:
@@ -63,7 +111,7 @@ def memory(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         host = psutil.virtual_memory()
         return host.available, host.total
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = torch.get_device_module(device).mem_get_info(device)
     return free, total
 
 
@@ -75,17 +123,33 @@ def describe_gpus() -> list[str]:
     ]
 
 
+def describe_npus() -> list[str]:
+    """Each NPU of this machine in a line, or why torch-npu, which is there, finds none; nothing without torch-npu."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return []
+    try:
+        _start_npus()
+    except InputError as error:
+        return [f"{_NPU}: no: {error.what}: {error.todo}"]
+    module = torch.get_device_module(_NPU)
+    return [
+        f"{_NPU}: {module.get_device_name(number)}, {memory(torch.device(_NPU, number))[1] / GIB:.1f} GiB"
+        for number in range(module.device_count())
+    ]
+
+
 _COPY_BYTES = 2 << 30
 _COPY_REPEATS = 10
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy in a GPU's memory; the best of a few."""
+    """Bytes a second, read and written, of a large copy in a device's memory; the best of a few."""
+    module = torch.get_device_module(device)
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(_COPY_REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
         start.record()
         target.copy_(source)
         end.record()

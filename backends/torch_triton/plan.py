@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,19 +59,36 @@ class Plan:
     replica_tokens: list[int]  # of the step, of each data-parallel replica
 
 
-def make_plan(batch: StepBatch, block_size: int, dtype: torch.dtype, replica_tokens: list[int]) -> Plan:
-    """The plan of one step, of this replica's part of it; masks are in ``dtype``."""
+class Places(NamedTuple):
+    """Whose each new token of a step is, its position there, and its slot in the flattened cache.
+
+    ``starts_B``: each sequence's first row among the T.
+    """
+
+    sequence_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    slots_T: NDArray[np.int64]
+    starts_B: NDArray[np.int64]
+
+
+def places_of(batch: StepBatch, block_size: int) -> Places:
     lens_B = batch.query_lens_B.astype(np.int64)
     sequence_T = np.repeat(np.arange(len(lens_B)), lens_B)
     starts_B = np.cumsum(lens_B) - lens_B
     positions_T = np.arange(len(sequence_T)) - starts_B[sequence_T] + batch.context_lens_B[sequence_T]
     blocks_T = batch.block_tables_BM[sequence_T, positions_T // block_size].astype(np.int64)
-    absorbed_A = np.flatnonzero(lens_B[sequence_T] <= ABSORBED_QUERIES)
-    prompts_B = np.flatnonzero(lens_B > ABSORBED_QUERIES)
+    return Places(sequence_T, positions_T, blocks_T * block_size + positions_T % block_size, starts_B)
+
+
+def make_plan(batch: StepBatch, block_size: int, dtype: torch.dtype, replica_tokens: list[int]) -> Plan:
+    """The plan of one step, of this replica's part of it; masks are in ``dtype``."""
+    sequence_T, positions_T, slots_T, starts_B = places_of(batch, block_size)
+    absorbed_A = np.flatnonzero(batch.query_lens_B[sequence_T] <= ABSORBED_QUERIES)
+    prompts_B = np.flatnonzero(batch.query_lens_B > ABSORBED_QUERIES)
     return Plan(
         positions_T=torch.from_numpy(positions_T),
-        slots_T=torch.from_numpy(blocks_T * block_size + positions_T % block_size),
-        absorbed_rows=_rows(absorbed_A),
+        slots_T=torch.from_numpy(slots_T),
+        absorbed_rows=rows_of(absorbed_A),
         groups=list(_groups(batch, sequence_T[absorbed_A], positions_T[absorbed_A], block_size, dtype)),
         prompts=[_prompt(batch, b, int(starts_B[b]), block_size, dtype) for b in prompts_B.tolist()],
         replica_tokens=replica_tokens,
@@ -84,7 +102,7 @@ def _groups(
     for count in np.unique(count_A).tolist():
         rows_G = np.flatnonzero(count_A == count)
         blocks_GM = batch.block_tables_BM[sequence_A[rows_G], :count].astype(np.int64)
-        yield Group(_rows(rows_G), torch.from_numpy(blocks_GM), _mask(position_A[rows_G], count * block_size, dtype))
+        yield Group(rows_of(rows_G), torch.from_numpy(blocks_GM), _mask(position_A[rows_G], count * block_size, dtype))
 
 
 def _prompt(batch: StepBatch, sequence: int, start: int, block_size: int, dtype: torch.dtype) -> Prompt:
@@ -101,7 +119,7 @@ def _mask(position_Q: NDArray[np.int64], positions: int, dtype: torch.dtype) -> 
     return torch.zeros(later_QS.shape, dtype=dtype).masked_fill_(later_QS, float("-inf"))
 
 
-def _rows(index: NDArray[np.int64]) -> Rows:
+def rows_of(index: NDArray[np.int64]) -> Rows:
     """Consecutive rows as a slice, which costs no copy."""
     if len(index) and index[-1] - index[0] + 1 == len(index):
         return slice(int(index[0]), int(index[-1]) + 1)
