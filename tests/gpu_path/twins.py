@@ -37,10 +37,10 @@ def put_in_place(monkeypatch):
     monkeypatch.setattr(sampling, "best", lambda logits: logits.argmax(dim=1).int())
 
 
-def _gate_up(x, ids, stack, tiles):
+def _gate_up(x, ids, stack, tiles, config):
     return expert_kernels.gate_up_eager(x, ids, stack).bfloat16()
 
 
-def _down(h, ids, weights, stack, tiles, foreign):
+def _down(h, ids, weights, stack, tiles, foreign, config):
     assert not foreign
     return expert_kernels.down_eager(h, ids, weights, stack).to(torch.float32)
