@@ -31,6 +31,7 @@ from deepspan.backends.torch_triton.kernels import (
     grouped_hopper,
     int8,
     mla_decode,
+    pairs,
     prompt_attention,
     quant,
     rope_cache,
@@ -204,17 +205,17 @@ def launch_around_attention(chip: chips.Chip) -> None:
 def launch_prompts(chip: chips.Chip) -> None:
     kv, rope, tiles = empty(5000, 128, 256), empty(5000, 576)[:, 512:], empty(8, 4, dtype=torch.int32)
     prompt_attention.prompt_attention(empty(1000, 128, 192), kv, rope, tiles, empty(1000, 128, 128), 0.1)
-    pairs = grouped.Sorted(empty(5400, dtype=torch.int32), *(empty(99, dtype=torch.int32) for _ in range(3)))
+    sorted_pairs = pairs.sort_pairs(empty(600, 9, dtype=torch.int32), 257, 64)
     for weight in weights(chip, 257, 4096, 7168):
-        for x in activations(chip, weight, 5400, 7168):
-            grouped.grouped(x, weight, pairs)
+        for x in activations(chip, weight, 600, 7168):
+            grouped.grouped(pairs.gather(x, sorted_pairs, 9), weight, sorted_pairs)
     for weight in weights(chip, 257, 7168, 2048, rare=False):
         for h in activations(chip, weight, 5400, 2048):
-            grouped.grouped(h, weight, pairs, empty(600, 9, dtype=torch.float32))
+            grouped.grouped(h, weight, sorted_pairs, empty(600, 9, dtype=torch.float32))
     for weight in filter(lambda weight: grouped_hopper.takes(weight, chip), weights(chip, 257, 7168, 2048)):
         h = quant.quantise(empty(5400, 2048))
         for factors in (None, empty(600, 9, dtype=torch.float32)):
-            grouped.grouped(h, weight, pairs, factors, config=grouped.HOPPER)
+            grouped.grouped(h, weight, sorted_pairs, factors, config=grouped.HOPPER)
     for weight in weights(chip, 7168, 2048, rare=False):
         if not isinstance(weight, Fp8Weight):
             for x in activations(chip, weight, 600, 2048):
@@ -231,7 +232,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     modules = (
         quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
-        best, embed,
+        best, embed, pairs,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip

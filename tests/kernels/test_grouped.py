@@ -10,8 +10,9 @@ from deepspan.backends.torch_triton.kernels import grouped as kernel
 from deepspan.backends.torch_triton.kernels import int8, quant
 from deepspan.backends.torch_triton.kernels.chips import chip_named, chip_of
 from deepspan.backends.torch_triton.kernels.few_rows import few_rows_eager
+from deepspan.backends.torch_triton.kernels.pairs import gather, sort_pairs
 from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
-from tests.kernels.device import DEVICE, seeded
+from tests.kernels.device import DEVICE
 from tests.kernels.quantised import KINDS, distance, operand, weights
 from tests.kernels.quantised import rows as rows_of
 from tests.kernels.test_experts import EXPERTS, HIDDEN, WIDTH, choices, used
@@ -25,10 +26,10 @@ SMALL = kernel.Config(16, 64, 4, 2)
 )
 def test_equals_dequantised_products(kind, quantised, config):
     ids = choices(37, 4)
-    pairs = kernel.sort_pairs(ids, EXPERTS, (config or kernel.choose(kernel.chip_of(ids.device))).block_m)
+    pairs = sort_pairs(ids, EXPERTS, (config or kernel.choose(kernel.chip_of(ids.device))).block_m)
     weight = weights(kind, 2 * WIDTH, HIDDEN, EXPERTS, used(ids))
     x = torch.randn(37, HIDDEN).bfloat16()
-    sorted_x = kernel.gather(operand(kind, x) if quantised else x, pairs, ids.shape[1])
+    sorted_x = gather(operand(kind, x) if quantised else x, pairs, ids.shape[1])
     gate_up = kernel.grouped(sorted_x, weight, pairs, config=config)
     assert distance(gate_up, kernel.grouped_eager(sorted_x, weight, pairs, ids)) < 2**-8
     h = gate_up[:, :WIDTH]
@@ -66,7 +67,7 @@ def test_hopper_gives_the_same_bits(scatter):
     x = quant.quantise(torch.randn(ids.numel(), 256).bfloat16())
     factors = torch.rand(ids.shape) if scatter else None
     plain, hopper = (
-        kernel.grouped(x, weight, kernel.sort_pairs(ids, 5, config.block_m), factors, True, config)
+        kernel.grouped(x, weight, sort_pairs(ids, 5, config.block_m), factors, True, config)
         for config in (kernel.choose(chip_of(DEVICE)), kernel.HOPPER)
     )
     torch.testing.assert_close(hopper, plain, rtol=0, atol=0)
@@ -75,7 +76,7 @@ def test_hopper_gives_the_same_bits(scatter):
 def test_choices_of_other_ranks_are_not_run():
     ids = choices(9, 3)
     ids[2, 0], ids[5, 1] = -1, EXPERTS
-    pairs = kernel.sort_pairs(ids, EXPERTS, SMALL.block_m)
+    pairs = sort_pairs(ids, EXPERTS, SMALL.block_m)
     here = ((ids >= 0) & (ids < EXPERTS)).flatten()
     weight = weights("fp8", HIDDEN, WIDTH, EXPERTS, used(ids))
     h = torch.randn(27, WIDTH).bfloat16()
@@ -83,19 +84,3 @@ def test_choices_of_other_ranks_are_not_run():
     got = kernel.grouped(h, weight, pairs, factors, foreign=True, config=SMALL)
     assert not got[~here].any()
     assert distance(got[here], kernel.grouped_eager(h, weight, pairs, ids, factors)[here]) < 2**-8
-
-
-@pytest.mark.parametrize("tokens, per_token, number, block_m", [(40, 4, 9, 16), (3, 2, 300, 128), (129, 8, 8, 32)])
-def test_tiles_hold_every_pair_once(tokens, per_token, number, block_m):
-    ids = torch.randint(number, (tokens, per_token), generator=seeded(0)).int()
-    ids[:, 0] = 5  # an expert with many tiles
-    pairs = kernel.sort_pairs(ids, number, block_m)
-    seen = []
-    for expert, start, rows in zip(*(part.tolist() for part in pairs[1:]), strict=True):
-        if expert < number:
-            assert 0 < rows <= block_m
-            here = pairs.pair_R[start : start + rows].tolist()
-            assert all(ids.view(-1)[pair] == expert for pair in here)
-            seen += here
-    assert sorted(seen) == list(range(ids.numel()))
-    assert len(pairs.expert_U) <= min(ids.numel(), number) + ids.numel() // block_m

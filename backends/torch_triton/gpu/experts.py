@@ -1,6 +1,7 @@
 """A mixture of experts on a GPU: the experts that were chosen, without asking the host which.
 
-Shared experts are experts of the stack that every token chooses with weight 1. Widths are padded to whole blocks.
+Shared experts are experts of the stack that every token chooses with weight 1, or layers of their own, where `loader`
+says so. Widths are padded to whole blocks.
 
 Shape letters: T tokens, P choices of a token, R = T P pairs, E experts of the stack, D hidden, I expert width,
 U tiles of pairs of one expert, M pairs of a tile.
@@ -18,10 +19,11 @@ from ..kernels import experts as kernels
 from ..kernels import grouped
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack, Tiles
+from ..kernels.pairs import gather, sort_pairs
 from ..kernels.router import Choice
 from ..kernels.weights import Int4Weight
 from ..layers import gated
-from .linear import Form, Linear, Operand
+from .linear import Form, Operand
 
 FEW_TOKENS = 512  # up to here one program orders the pairs, and memory is the limit
 
@@ -65,8 +67,8 @@ class KernelExperts:
         gate_up, down = self._stack
         own = 0 if self._foreign else choice.ids.numel()  # of others' choices nobody knows how many there are
         config = grouped.choose_for_experts(own, self._stack, self._chip)
-        pairs = grouped.sort_pairs(choice.ids, len(down.codes), config.block_m)
-        h = self.form.gated(grouped.grouped(grouped.gather(x, pairs, choices), gate_up, pairs, config=config))
+        pairs = sort_pairs(choice.ids, len(down.codes), config.block_m)
+        h = self.form.gated(grouped.grouped(gather(x, pairs, choices), gate_up, pairs, config=config))
         return grouped.grouped(h, down, pairs, choice.weights, self._foreign, config).view(tokens, choices, -1)
 
 
@@ -93,18 +95,3 @@ class Bf16Experts:
         if self._foreign:
             y_RD.masked_fill_((sorted_R >= len(expert_E))[:, None], 0)
         return torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(tokens, choices, -1)
-
-
-class BesideShared:
-    """Routed experts, and shared ones in another format: layers of their own, whose result is one part more."""
-
-    shared = 0
-
-    def __init__(self, routed: Experts, gate_up: Linear, down: Linear):
-        self._routed, self._gate_up, self._down = routed, gate_up, down
-        self.form = routed.form if routed.form == gate_up.form else Form()
-
-    def __call__(self, x: Operand, choice: Choice) -> Tensor:
-        routed_TPD = self._routed(x, choice)
-        y_TD = self._down(self._gate_up.gated(x))[:, : routed_TPD.shape[2]]
-        return torch.cat([routed_TPD, y_TD[:, None].to(routed_TPD.dtype)], dim=1)

@@ -20,41 +20,9 @@ import triton.language as tl
 
 from . import e4m3, grouped_hopper, int4, pdl
 from .chips import Chip, check, chip_of, options
+from .pairs import Sorted
 from .quant import GROUP, Codes, dequantise
 from .weights import Fp8Weight, Int4Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
-
-
-class Sorted(NamedTuple):
-    """Pairs sorted by expert, and tiles of them."""
-
-    pair_R: torch.Tensor  # int32: t P + p
-    expert_U: torch.Tensor  # int32; a tile whose expert is not in the stack is not run
-    start_U: torch.Tensor  # int32, the tile's first place among the sorted pairs
-    rows_U: torch.Tensor  # int32
-
-
-def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int) -> Sorted:
-    """Tiles of up to ``block_m`` pairs with the same expert. Nothing is asked of the device."""
-    pairs, device = ids_TP.numel(), ids_TP.device
-    sorted_R, pair_R = ids_TP.flatten().sort(stable=True)
-    edges = torch.searchsorted(sorted_R, torch.arange(experts + 1, dtype=torch.int32, device=device))
-    tiles_E = (edges.diff() + block_m - 1) // block_m
-    end_E = tiles_E.cumsum(0)
-    tile_U = torch.arange(min(pairs, min(experts, pairs) + pairs // block_m), device=device)
-    expert_U = torch.searchsorted(end_E, tile_U, right=True)
-    here_U = expert_U.clamp(max=experts - 1)
-    start_U = edges[here_U] + (tile_U - (end_E - tiles_E)[here_U]) * block_m
-    rows_U = (edges[here_U + 1] - start_U).clamp(max=block_m)
-    return Sorted(pair_R.int(), expert_U.int(), start_U.int(), rows_U.int())
-
-
-def gather(x: Codes | torch.Tensor, pairs: Sorted, choices: int) -> Codes | torch.Tensor:
-    """The tokens' activations, a row for each sorted pair."""
-    token_R = pairs.pair_R // choices
-    if isinstance(x, torch.Tensor):
-        return x.index_select(0, token_R)
-    words = x.codes.view(torch.int64).index_select(0, token_R)
-    return Codes(words.view(x.codes.dtype), x.scales.t().index_select(1, token_R).t())
 
 
 @triton.jit(do_not_specialize=["x_scales_stride", "R"])
