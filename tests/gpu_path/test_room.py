@@ -44,9 +44,9 @@ def tensors_of(part, found):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "w8a8", "int4"])
-@pytest.mark.parametrize("grid", [Grid(), Grid(tp=2)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(), Grid(tp=2), Grid(tp=2, ep=2), Grid(tp=2, dp=2, ep=4)], ids=str)
 def test_counted_bytes_are_those_of_the_tensors(dtype, grid):
-    mesh = Mesh(grid, 0, Group(range(grid.tp)), Group(), Group())
+    mesh = Mesh(grid, 0, Group(range(grid.tp)), Group(range(grid.dp)), Group())
     source, holding = DrawnTensors(WHOLE, 1, CPU, mesh), Holding(dtype)
     model = Model(Loader(WHOLE, source, holding), 16, 16)
     counted = weight_bytes(shards(WHOLE, grid, 0), holding)

@@ -14,7 +14,7 @@ from ....models.spec import ModelSpec
 from ..layers import adjacent_pairs
 from ..parallel import Mesh
 from .attention import Projections
-from .experts import BesideShared, Experts
+from .experts import Experts
 from .formats import Format, Formats
 from .linear import Beside, Form, Linear, Norm
 from .matrices import Reorder, put, room_for, whole_blocks
@@ -102,32 +102,37 @@ class Loader:
     def experts(self, prefix: str) -> Experts:
         """This rank's routed experts, then its part of the shared ones, in pieces as wide as a routed one.
 
-        Shared experts in another format are layers of their own.
+        Without the shared ones where they are `shared_beside`.
         """
         routed = [f"{prefix}.experts.{expert}" for expert in self.experts_held]
-        format_ = self._formats.of(*(name for expert in routed for name in _names(expert)))
-        shared = f"{prefix}.shared_experts"
-        if not self._shared_pieces or all(self._formats.of(name) is format_ for name in _names(shared)):
-            pieces = [(shared, *self._piece(number)) for number in range(self._shared_pieces)]
-            stacked = [(expert, WHOLE, WHOLE) for expert in routed] + pieces
-            return format_.experts(*self._stacks(format_, stacked), self._shared_pieces, self.has_foreign)
-        if self.source.mesh.grid.dp > 1:
-            raise InputError(
-                "shared experts in another format than routed ones",
-                shared,
-                "set parallel.dp to 1: replicas share one stack of experts",
-            )
-        layers = format_.experts(
-            *self._stacks(format_, [(expert, WHOLE, WHOLE) for expert in routed]), 0, self.has_foreign
-        )
-        return BesideShared(layers, *self.swiglu(shared))
+        format_ = self._format_of_routed(prefix)
+        count = 0 if self.shared_beside(prefix) else self._shared_pieces
+        pieces = [(f"{prefix}.shared_experts", *self._piece(number)) for number in range(count)]
+        stacked = [(expert, WHOLE, WHOLE) for expert in routed] + pieces
+        return format_.experts(*self._stacks(format_, stacked), count, self.has_foreign)
+
+    def shared_beside(self, prefix: str) -> bool:
+        """Whether shared experts are layers of their own: in another format, or of a width that pieces would pad.
+
+        With expert parallelism a rank has whole routed experts and slices of shared ones: of V3's on eight ranks,
+        pieces would hold, read and multiply by eight times as much.
+        """
+        if not self._shared_pieces:
+            return False
+        format_ = self._format_of_routed(prefix)
+        formats = [self._formats.of(name) for name in _names(f"{prefix}.shared_experts")]
+        return self._shared_width % self._expert_width > 0 or any(other is not format_ for other in formats)
+
+    def _format_of_routed(self, prefix: str) -> Format:
+        names = (name for expert in self.experts_held for name in _names(f"{prefix}.experts.{expert}"))
+        return self._formats.of(*names)
 
     def _piece(self, number: int) -> tuple[Window, Window]:
         """Of the shared experts: the rows of gate and up, and the columns of down."""
         if self._shared_pieces == 1:
             return WHOLE, WHOLE
         start = number * self._expert_width
-        cut = start, min(start + self._expert_width, self._shared_width)
+        cut = start, start + self._expert_width
         return Window(rows=cut), Window(cols=cut)
 
     def _stacks(self, format_: Format, experts: list[tuple[str, Window, Window]]) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from ..kernels.router import Choice, Scratch, choose_experts, scratch
 from ..layers import product_f32
 from .attention import Attention
 from .inputs import Step
-from .linear import operand
+from .linear import Form, operand
 from .loader import Loader
 from .source import DeviceTensors
 
@@ -187,13 +187,23 @@ class MoE:
         bias = f"{prefix}.gate.e_score_correction_bias"
         self._bias_E = source.plain(bias, torch.float32) if spec.has_router_bias else None
         self._experts = loader.experts(prefix)
-        self.form = self._experts.form
+        self._beside = SwiGLU(loader, f"{prefix}.shared_experts") if loader.shared_beside(prefix) else None
+        is_alike = self._beside is None or self._beside.form == self._experts.form
+        self.form = self._experts.form if is_alike else Form()
         self._held, self._shared = loader.experts_held, self._experts.shared
         self._is_part = loader.has_foreign
         self._replicas = source.mesh.dp
 
     def __call__(self, normed: Normed) -> Tensor:
-        """FP32 [T, P, D], to be added; BF16 [T, D] of replicas, whose tokens meet here."""
+        """Parts [T, P, D], to be added; BF16 [T, D] of replicas, whose tokens meet here."""
+        y = self._chosen(normed)
+        if self._beside is None:
+            return y
+        y_T1D = y.sum(1, keepdim=True, dtype=torch.float32) if y.dim() == 3 else y[:, None].float()
+        return y_T1D.add_(self._beside(normed)[:, None])
+
+    def _chosen(self, normed: Normed) -> Tensor:
+        """Of the stack's experts."""
         x_TD, replicas = _plain(normed), self._replicas
         if replicas.size == 1:
             return self._experts(operand(normed), self._choose(x_TD))
