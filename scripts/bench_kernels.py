@@ -11,17 +11,30 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from deepspan.scripts.kernel_cases import Case, Setting, attention, dense, grouped, small
+from deepspan.scripts.kernel_cases import (
+    Case,
+    Setting,
+    attention,
+    dense,
+    fp8_cache,
+    grouped,
+    int4_weights,
+    int8_weights,
+    small,
+)
 from deepspan.scripts.kernel_chain import chain
 
-GROUPS = {"dense": dense, "experts": grouped, "attention": attention, "small": small, "layer": chain}
+GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "dense": dense, "experts": grouped, "attention": attention, "small": small, "layer": chain, "int8": int8_weights,
+    "int4": int4_weights, "fp8_cache": fp8_cache,
+}  # fmt: skip
 LAUNCHES = 64  # at least, in a graph
 REPLAYS = 11
 

@@ -13,13 +13,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepspan.backends.torch_triton.cache import FP8_CACHE, to_entries
 from deepspan.backends.torch_triton.kernels import experts, few_rows, mla_decode, quant, rope_cache, router
-from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
+from deepspan.backends.torch_triton.kernels.weights import Int4Weight
 from deepspan.models.catalog import load_spec
+from deepspan.scripts.kernel_formats import (
+    FP8_KIND,
+    INT4_KIND,
+    INT8_KIND,
+    Kind,
+    bytes_of,
+    bytes_of_value,
+    random_rows,
+)
 
-FP8 = torch.float8_e4m3fn
-DENSE = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (7168, 18432))
 LATENT, ROPE, PAGE = 512, 64, 64
+
+
+class Sizes(NamedTuple):
+    """Of V3: outputs and inputs of dense products, and of a gated one; experts; batch, context and heads."""
+
+    dense: Sequence[tuple[int, int]] = (
+        (2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (7168, 18432),
+    )  # fmt: skip
+    gated: tuple[int, int] = (36864, 7168)
+    hidden: int = 7168
+    width: int = 2048
+    attention: Sequence[tuple[int, int, int]] = (
+        (1, 1024, 128), (1, 8192, 128), (1, 65536, 128), (32, 4096, 128), (128, 1024, 128), (128, 4096, 128),
+        (128, 4096, 16), (128, 8192, 16),
+    )  # fmt: skip
+
+
+V3 = Sizes()
 
 
 class Setting(NamedTuple):
@@ -27,6 +53,7 @@ class Setting(NamedTuple):
     sweep: bool  # other configurations than the chosen ones too
     copies_of: int = 1 << 29  # bytes that together no cache holds
     experts: int = 257
+    sizes: Sizes = V3
 
 
 class Case(NamedTuple):
@@ -41,20 +68,6 @@ class Case(NamedTuple):
     error: Callable[[], float] | None = None
 
 
-def random_codes(device: torch.device, *shape: int) -> Tensor:
-    """Random e4m3 codes of all magnitudes up to 240, none NaN."""
-    raw = torch.randint(0, 240, shape, dtype=torch.uint8, device=device)
-    return raw.add_((raw >= 120).to(torch.uint8).mul_(8)).view(FP8)
-
-
-def random_scales(device: torch.device, *shape: int) -> Tensor:
-    return torch.rand(shape, device=device) * 1e-3
-
-
-def random_rows(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device).bfloat16()
-
-
 def _distance(run: Callable[[], Tensor], twin: Callable[[], Tensor], add: bool = False) -> float:
     """``add``: both are partial results over dimension 1, or may be."""
     got, want = run().double(), twin().double()
@@ -66,32 +79,30 @@ def _distance(run: Callable[[], Tensor], twin: Callable[[], Tensor], add: bool =
 # Dense products -------------------------------------------------------------------------------------------------------
 
 
-def dense(setting: Setting) -> Iterator[Case]:
-    for (outputs, inputs), rows in itertools.product(DENSE, (1, 8, 64)):
-        yield from _dense(setting, outputs, inputs, rows, gated=False)
+def dense(setting: Setting, kind: Kind = FP8_KIND) -> Iterator[Case]:
+    for (outputs, inputs), rows in itertools.product(setting.sizes.dense, (1, 8, 64)):
+        yield from _dense(setting, kind, outputs, inputs, rows, gated=False)
     for rows in (1, 8, 64):
-        yield from _dense(setting, 36864, 7168, rows, gated=True)
+        yield from _dense(setting, kind, *setting.sizes.gated, rows, gated=True)
 
 
-def _dense(setting: Setting, outputs: int, inputs: int, rows: int, gated: bool) -> Iterator[Case]:
-    size = outputs * inputs
+def _dense(setting: Setting, kind: Kind, outputs: int, inputs: int, rows: int, gated: bool) -> Iterator[Case]:
     device = setting.device
-    weights = [
-        Fp8Weight(random_codes(device, outputs, inputs), random_scales(device, -(-outputs // 128), inputs // 128))
-        for _ in range(1 + setting.copies_of // size)
-    ]
-    x = quant.quantise(random_rows(device, rows, inputs))
-    twin = partial(few_rows.few_rows_eager, x, weights[0], gated=gated)
+    first = kind.weight(device, outputs, inputs)
+    size = bytes_of(first)
+    weights = [first, *(kind.weight(device, outputs, inputs) for _ in range(setting.copies_of // size))]
+    x = kind.operand(random_rows(device, rows, inputs))
+    twin = partial(few_rows.few_rows_eager, x, first, gated=gated)
     width = outputs // 2 if gated else outputs
-    chosen = few_rows.choose(rows, width, inputs, gated, quant.chip_of(device))
+    chosen = few_rows.choose(rows, width, inputs, gated, quant.chip_of(device), isinstance(first, Int4Weight))
     for label, config in [("chosen", chosen), *(_dense_sweep(chosen, gated) if setting.sweep else [])]:
         runs = [partial(few_rows.few_rows, x, weight, gated=gated, config=config) for weight in weights]
         yield Case(
             "few_rows gated" if gated else "few_rows",
             f"{outputs}x{inputs} M{rows}",
             f"{label} {tuple(config)}",
-            size + rows * (inputs + 2 * width),
-            2 * rows * size,
+            size + rows * (bytes_of_value(x) * inputs + 2 * width),
+            2 * rows * outputs * inputs,
             runs,
             partial(_distance, runs[0], twin),
         )
@@ -107,19 +118,16 @@ def _dense_sweep(chosen: few_rows.Config, gated: bool) -> Iterator[tuple[str, fe
 # Experts --------------------------------------------------------------------------------------------------------------
 
 
-def grouped(setting: Setting) -> Iterator[Case]:
-    device, count = setting.device, setting.experts
-    stack = random_stack(device, count)
+def grouped(setting: Setting, kind: Kind = FP8_KIND) -> Iterator[Case]:
+    stack = random_stack(setting.device, setting.experts, kind, setting.sizes)
     for tokens in (1, 8, 32, 128):
-        yield from _experts(setting, stack, tokens)
+        yield from _experts(setting, kind, stack, tokens)
 
 
-def random_stack(device: torch.device, count: int) -> experts.Stack:
-    """``count`` experts of V3."""
-    return experts.Stack(
-        Fp8Weight(random_codes(device, count, 4096, 7168), random_scales(device, count, 32, 56)),
-        Fp8Weight(random_codes(device, count, 7168, 2048), random_scales(device, count, 56, 16)),
-    )
+def random_stack(device: torch.device, count: int, kind: Kind = FP8_KIND, sizes: Sizes = V3) -> experts.Stack:
+    """``count`` experts."""
+    gate_up = kind.weight(device, count, 2 * sizes.width, sizes.hidden)
+    return experts.Stack(gate_up, kind.weight(device, count, sizes.hidden, sizes.width))
 
 
 def _choices(setting: Setting, tokens: int) -> Tensor:
@@ -128,17 +136,21 @@ def _choices(setting: Setting, tokens: int) -> Tensor:
     return torch.cat([routed, torch.full_like(routed[:, :1], setting.experts - 1)], 1).int()
 
 
-def _experts(setting: Setting, stack: experts.Stack, tokens: int) -> Iterator[Case]:
+def _experts(setting: Setting, kind: Kind, stack: experts.Stack, tokens: int) -> Iterator[Case]:
+    hidden, width = setting.sizes.hidden, setting.sizes.width
     choices = [_choices(setting, tokens) for _ in range(8)]
     weights = torch.rand(tokens, 9, device=setting.device)
-    x = quant.quantise(random_rows(setting.device, tokens, 7168))
-    chosen = experts.choose(tokens, quant.chip_of(setting.device))
+    x = kind.operand(random_rows(setting.device, tokens, hidden))
+    chosen = experts.choose(tokens, quant.chip_of(setting.device), isinstance(stack.down, Int4Weight))
     tiles = [
-        experts.group(ids, setting.experts, chosen) if tokens > 1 else experts.one_pair_tiles(ids) for ids in choices
+        experts.group(ids, setting.experts, chosen) if tokens > 1 else experts.one_pair_tiles(ids, chosen)
+        for ids in choices
     ]
-    h = quant.quantise(experts.gate_up(x, choices[0], stack, tiles[0]))
+    h = kind.operand(experts.gate_up(x, choices[0], stack, tiles[0], chosen))
     hit = sum(len(ids.unique()) for ids in choices) / len(choices)  # the copies differ; bytes are their mean
     pairs = 9 * tokens
+    up_bytes, down_bytes = (round(hit * bytes_of(weight) / setting.experts) for weight in stack)
+    value_bytes = bytes_of_value(x)
     shape = f"T{tokens}, {hit:.1f} experts"
     if tokens > 1:
         groupings = [partial(experts.group, ids, setting.experts, chosen) for ids in choices]
@@ -149,14 +161,14 @@ def _experts(setting: Setting, stack: experts.Stack, tokens: int) -> Iterator[Ca
         ups = [partial(experts.gate_up, x, ids, stack, tile, config) for ids, tile in arguments]
         up_twin = partial(experts.gate_up_eager, x, choices[0], stack)
         yield Case(
-            "experts.gate_up", shape, name, int(hit * 4096 * 7168) + tokens * 7168 + pairs * 4096,
-            2 * pairs * 4096 * 7168, ups, partial(_distance, ups[0], up_twin),
+            "experts.gate_up", shape, name, up_bytes + tokens * hidden * value_bytes + pairs * 2 * width,
+            2 * pairs * 2 * width * hidden, ups, partial(_distance, ups[0], up_twin),
         )  # fmt: skip
         downs = [partial(experts.down, h, ids, weights, stack, tile, config=config) for ids, tile in arguments]
         down_twin = partial(experts.down_eager, h, choices[0], weights, stack)
         yield Case(
-            "experts.down", shape, name, int(hit * 7168 * 2048) + pairs * (2048 + 4 * 7168),
-            2 * pairs * 7168 * 2048, downs, partial(_distance, downs[0], down_twin, add=True),
+            "experts.down", shape, name, down_bytes + pairs * (width * value_bytes + 4 * hidden),
+            2 * pairs * hidden * width, downs, partial(_distance, downs[0], down_twin, add=True),
         )  # fmt: skip
 
 
@@ -170,21 +182,20 @@ def _experts_sweep(chosen: experts.Config) -> Iterator[tuple[str, experts.Config
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention(setting: Setting) -> Iterator[Case]:
-    for batch, context, heads in (
-        (1, 1024, 128), (1, 8192, 128), (1, 65536, 128), (32, 4096, 128), (128, 1024, 128), (128, 4096, 128),
-        (128, 4096, 16), (128, 8192, 16),
-    ):  # fmt: skip
-        yield from _attention(setting, batch, context, heads)
+def attention(setting: Setting, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """``dtype``: of the cache."""
+    for batch, context, heads in setting.sizes.attention:
+        yield from _attention(setting, dtype, batch, context, heads)
 
 
-def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterator[Case]:
+def _attention(setting: Setting, dtype: torch.dtype, batch: int, context: int, heads: int) -> Iterator[Case]:
     device = setting.device
-    size = batch * context * (LATENT + ROPE) * 2
+    entry = to_entries(random_rows(device, LATENT + ROPE), LATENT, dtype)
+    size = batch * context * entry.nbytes
     pages = batch * context // PAGE
     caches = [
         (
-            random_rows(device, pages, PAGE, LATENT + ROPE),
+            to_entries(random_rows(device, pages, PAGE, LATENT + ROPE), LATENT, dtype),
             torch.randperm(pages, device=device).int().view(batch, -1),
             torch.full((batch,), context, dtype=torch.int32, device=device),
         )
@@ -192,7 +203,7 @@ def _attention(setting: Setting, batch: int, context: int, heads: int) -> Iterat
     ]
     q = random_rows(device, batch, heads, LATENT + ROPE)
     chip = quant.chip_of(device)
-    config = mla_decode.choose(heads, chip, fp8=False)
+    config = mla_decode.choose(heads, chip, fp8=dtype == FP8_CACHE)
     parts = mla_decode.parts_for(batch, heads, context, config, chip)
     chosen = ("chosen", config, parts)
     for label, config, part in [chosen, *(_attention_sweep(heads, parts) if setting.sweep else [])]:
@@ -213,6 +224,24 @@ def _attention_sweep(heads: int, parts: int) -> list[tuple[str, mla_decode.Confi
     many = ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3))
     configs = [mla_decode.Config(*tile) for tile in (few if heads <= 16 else many)]
     return [("sweep", config, part) for config in configs for part in sorted({parts, 2 * parts, max(1, parts // 2)})]
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+def int8_weights(setting: Setting) -> Iterator[Case]:
+    """INT8 with a scale for each row, as `dense` and `grouped` time FP8."""
+    yield from dense(setting, INT8_KIND)
+    yield from grouped(setting, INT8_KIND)
+
+
+def int4_weights(setting: Setting) -> Iterator[Case]:
+    yield from dense(setting, INT4_KIND)
+    yield from grouped(setting, INT4_KIND)
+
+
+def fp8_cache(setting: Setting) -> Iterator[Case]:
+    yield from attention(setting, FP8_CACHE)
 
 
 # Small kernels --------------------------------------------------------------------------------------------------------

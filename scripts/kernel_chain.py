@@ -16,17 +16,8 @@ from torch import Tensor
 from deepspan.backends.torch_triton.kernels import experts, few_rows, mla_decode, quant, rope_cache, router
 from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
 from deepspan.models.catalog import load_spec
-from deepspan.scripts.kernel_cases import (
-    LATENT,
-    PAGE,
-    ROPE,
-    Case,
-    Setting,
-    random_codes,
-    random_rows,
-    random_scales,
-    random_stack,
-)
+from deepspan.scripts.kernel_cases import LATENT, PAGE, ROPE, Case, Setting, random_stack
+from deepspan.scripts.kernel_formats import random_codes, random_rows, random_scales
 
 HIDDEN, QUERY_LATENT, HEADS, VALUES = 7168, 1536, 128, 16384
 SPEC = load_spec("deepseek_v3")
