@@ -12,7 +12,9 @@ KERNELS = {
     "quant._add_norm_quantise", "int8._quantise_rows", "few_rows._rows", "experts._group", "experts._rows",
     "router._route", "router._choose_of_logits", "mla_decode._attend", "mla_decode._merge", "rope_cache._rope_cache",
     "entries._read", "absorb._absorb", "prompt_attention._prompt_attention", "grouped._grouped", "best._best",
+    "pairs._count", "pairs._tile", "pairs._place", "pairs._gather", "embed._embed",
 }  # fmt: skip
+HOPPER = {"grouped_hopper._grouped_hopper", "mla_hopper._mla_hopper"}
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
@@ -25,4 +27,4 @@ def test_compiles_for(chip):
     assert result.returncode == 0, result.stderr[-2000:]
     variants = json.loads(result.stdout)
     expected = set(KERNELS) if chip == "sm_80" else KERNELS | {"quant._quantise"}  # no FP8 units: nothing is quantised
-    assert set(variants) == expected | ({"grouped_hopper._grouped_hopper"} if chip == "sm_90" else set())
+    assert set(variants) == expected | (HOPPER if chip == "sm_90" else set())

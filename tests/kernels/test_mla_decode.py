@@ -8,10 +8,10 @@ import torch
 
 from deepspan.backends.torch_triton.cache import FP8_CACHE, to_entries
 from deepspan.backends.torch_triton.kernels import mla_decode as kernel
-from deepspan.backends.torch_triton.kernels.chips import chip_named
+from deepspan.backends.torch_triton.kernels.chips import chip_named, chip_of
 from deepspan.models.errors import DeepspanError
 from tests.kernels.caches import DTYPES, poisoned
-from tests.kernels.device import seeded
+from tests.kernels.device import DEVICE, seeded
 
 
 def case(lengths, page, heads, latent, rope, queries=1, seed=0, held=torch.bfloat16):
@@ -67,6 +67,32 @@ def test_the_next_tile_may_wait_in_registers(held, page):
         tiling = {"longest": 200, "parts": parts, "config": kernel.Config(16, 32, 8, 1, prefetch=True)}
         got = kernel.mla_decode(q, cache, table, lengths, 0.1, 132, **tiling)
         assert distance(got, kernel.mla_decode_eager(q, cache, table, lengths, 0.1, 132)) < 2**-7
+
+
+def test_hopper_has_a_kernel_for_many_rows_of_contiguous_bf16():
+    hopper = chip_named("sm_90")
+    q, cache = torch.empty(2, 64, 576).bfloat16(), torch.empty(9, 64, 576).bfloat16()
+    assert kernel.choose(64, q, cache, 512, hopper) == kernel.HOPPER
+    others = [(32, q, cache, 512, hopper), (64, q, cache, 512, chip_named("sm_100")), (64, q, cache, 500, hopper)]
+    others += [(64, q[:, ::2], cache, 512, hopper), (64, q[..., :520], cache[..., :520], 512, hopper)]
+    unfit = cache[:, :32], cache.flatten().view(-1, 32, 576), torch.empty(9, 64, 656).to(FP8_CACHE)
+    others += [(64, q, cache, 512, hopper) for cache in unfit]
+    assert all(kernel.choose(*other) != kernel.HOPPER for other in others)
+
+
+@pytest.mark.skipif(chip_of(DEVICE).name != "sm_90", reason="Gluon has no interpreter: needs a Hopper GPU")
+@pytest.mark.parametrize("heads, queries", [(128, 1), (64, 2), (40, 3), (33, 1)])
+@pytest.mark.parametrize("page", [64, 128])
+def test_hopper_equals_softmax_attention(heads, queries, page):
+    """Tiles that end within a sequence's rows and beyond all rows, and tokens, inside NaN."""
+    lengths = [1, 63, 64, 65, 127, 128, 129, 0, 200, 1000, 777]
+    q, cache, table, lengths = case(lengths, page, heads, 512, 64, queries)
+    q, cache = q.contiguous(), cache.contiguous()
+    want = kernel.mla_decode_eager(q, cache, table, lengths, 0.1, 512)
+    for parts in (1, 3, 8):
+        got = kernel.mla_decode(q, cache, table, lengths, 0.1, 512, longest=1000, parts=parts, config=kernel.HOPPER)
+        assert distance(got, want) < 2**-7
+        assert not got[7 * queries : 8 * queries].any()
 
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..cache import FP8_CACHE, from_entries
-from . import entries, pdl
+from . import entries, mla_hopper, pdl
 from .chips import Chip, check, chip_of, options
 
 LOG2_E = 1.4426950408889634
@@ -145,6 +145,10 @@ class Config(NamedTuple):
     warps: int
     stages: int  # tiles of the cache on their way into shared memory, and the one in use
     prefetch: bool = False  # the next tile waits in registers instead
+    has_tasks: bool = False  # the kernel of `mla_hopper`
+
+
+HOPPER = Config(mla_hopper.TILE, mla_hopper.TILE, 8, 2, has_tasks=True)
 
 
 # Configurations by chip for up to 16, up to 32, and more query rows; "" is one that fits any chip.
@@ -163,8 +167,11 @@ FP8_TABLE = {
 }
 
 
-def choose(rows: int, chip: Chip, fp8: bool) -> Config:
+def choose(rows: int, q_THX: torch.Tensor, cache: torch.Tensor, latent: int, chip: Chip) -> Config:
     """The configuration for ``rows`` = Q H query rows of a sequence."""
+    if rows > 32 and mla_hopper.takes(q_THX, cache, latent, chip):
+        return HOPPER
+    fp8 = cache.dtype == FP8_CACHE
     table = FP8_TABLE if fp8 and chip.name in FP8_TABLE else TABLE
     few, more, many = table.get(chip.name, TABLE[""])
     return few if rows <= 16 else more if rows <= 32 else many
@@ -207,21 +214,23 @@ def mla_decode(
     chip = chip_of(q_THX.device)
     queries = tokens // batch
     rows = queries * heads
-    config = config or choose(rows, chip, cache.dtype == FP8_CACHE)
+    config = config or choose(rows, q_THX, cache, latent, chip)
     parts = parts or parts_for(batch, rows, longest, config, chip)
     device = q_THX.device
     out = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=device)
     partial = torch.empty(tokens, heads, parts, latent, dtype=torch.float32, device=device) if parts > 1 else out
     lse = torch.empty(tokens, heads, parts, dtype=torch.float32, device=device) if parts > 1 else None
     block_c = max(16, triton.next_power_of_2(latent))
-    block_r = max(16, triton.next_power_of_2(rope))
-    _attend[(triton.cdiv(rows, config.block_n), parts, batch)](
-        q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
-        lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
-        BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c, BLOCK_R=block_r,
-        INSTRUCTION=chip.decodes_fp8, PREFETCH=config.prefetch, STAGES=config.stages, PDL=chip.dependent_launch,
-        **options(chip, config.warps, config.stages),
-    )  # fmt: skip
+    if config.has_tasks:
+        mla_hopper.launch(q_THX, cache, table, lengths, scale * LOG2_E, partial, lse, chip)
+    else:
+        _attend[(triton.cdiv(rows, config.block_n), parts, batch)](
+            q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
+            lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
+            BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c,
+            BLOCK_R=max(16, triton.next_power_of_2(rope)), INSTRUCTION=chip.decodes_fp8, PREFETCH=config.prefetch,
+            STAGES=config.stages, PDL=chip.dependent_launch, **options(chip, config.warps, config.stages),
+        )  # fmt: skip
     if parts > 1:
         tile_c = min(block_c, 256)
         _merge[(tokens * heads, triton.cdiv(latent, tile_c))](

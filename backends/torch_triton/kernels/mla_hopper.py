@@ -1,0 +1,239 @@
+"""`mla_decode` on Hopper for many query rows: its warps have different tasks.
+
+One warp has tiles of the cache copied ahead. Two groups of four warps take turns in tiles: group w scores the tiles of
+parity w with all their 576 numbers, and owns one half of the value's columns, to which both groups' weights apply. So
+nothing is scored twice, and results, too many for the registers of one group, stay in those of two. Weights travel
+through the shared memory of the tile's rope keys, which scores no longer need.
+
+Written in Gluon, Triton's language for what its compiler does not do alone; it compiles for sm_90 only.
+
+Shape letters as in `mla_decode`; N = 64 query rows of a tile, S = 64 cached tokens of a tile, J = 256 columns of C.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import pdl
+from .chips import Chip, options
+
+TILE = 64  # query rows, and cached tokens
+LATENT = 512
+ROPE = 64
+_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)  # rows of 128 bytes, swizzled as the matrix units read them
+_TILE = gl.constexpr(TILE)
+_HALF = gl.constexpr(LATENT // 2)
+_LATENT = gl.constexpr(LATENT)
+_ROPE = gl.constexpr(ROPE)
+_BYTES = gl.constexpr(TILE * (LATENT + ROPE) * 2)
+_SHARED = gl.constexpr(_LAYOUT)
+_ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+_SCORE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16]))
+_RESULT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT // 2, 16]))
+_WIPE = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
+
+
+@gluon.jit
+def _part(length_ptr, PARTS: gl.constexpr):
+    """First token of this program's part of the context, the end of it, and the context's length."""
+    length = gl.load(length_ptr + gl.program_id(2))
+    span = gl.cdiv(gl.cdiv(length, _TILE), PARTS) * _TILE
+    start = gl.program_id(1) * span
+    return start, gl.minimum(start + span, length), length
+
+
+@gluon.jit
+def _copy_ahead(
+    buffers, barriers, descriptors, table_ptr, table_stride, length_ptr, QH, PAGE: gl.constexpr, PARTS: gl.constexpr
+):
+    q, q_rope, k, k_rope, _ = buffers
+    q_filled, filled, emptied, _, _, _ = barriers
+    q_desc, q_rope_desc, k_desc, k_rope_desc = descriptors
+    start, end, _ = _part(length_ptr, PARTS)
+    row = gl.program_id(2) * QH + gl.program_id(0) * _TILE  # past a sequence's rows are others', or zeros: not stored
+    mbarrier.expect(q_filled, _BYTES)
+    tma.async_copy_global_to_shared(q_desc, [row, 0], q_filled, q.index(0))
+    tma.async_copy_global_to_shared(q_desc, [row, _HALF], q_filled, q.index(1))
+    tma.async_copy_global_to_shared(q_rope_desc, [row, _LATENT], q_filled, q_rope)
+    table_ptr += gl.program_id(2) * table_stride
+    for s in range(start, end, _TILE):
+        count = (s - start) // _TILE
+        tile = count % 2
+        token = gl.load(table_ptr + s // PAGE) * PAGE + s % PAGE
+        ready = filled.index(tile)
+        mbarrier.wait(emptied.index(tile), (count // 2 & 1) ^ 1)
+        mbarrier.expect(ready, _BYTES)
+        tma.async_copy_global_to_shared(k_desc, [token, 0], ready, k.index(2 * tile))
+        tma.async_copy_global_to_shared(k_desc, [token, _HALF], ready, k.index(2 * tile + 1))
+        tma.async_copy_global_to_shared(k_rope_desc, [token, _LATENT], ready, k_rope.index(tile))
+
+
+@gluon.jit
+def _wipe(k_SJ, tokens):
+    """Zeros in the rows from ``tokens`` on, which may hold anything, even NaN."""
+    for start in gl.static_range(0, _TILE, 8):
+        some = k_SJ.slice(start, 8)
+        s_S = start + gl.arange(0, 8, layout=gl.SliceLayout(1, _WIPE))
+        held = some.load(_WIPE)
+        some.store(gl.where((s_S < tokens)[:, None], held, gl.zeros_like(held)))
+
+
+@gluon.jit
+def _attend(buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, PARTS: gl.constexpr, OWN: gl.constexpr):
+    """Scores of the tiles of parity OWN; results of the columns of half OWN."""
+    OTHER: gl.constexpr = 1 - OWN
+    q, q_rope, k, k_rope, exchange = buffers
+    q_filled, filled, emptied, most_known, weighed, sum_known = barriers
+    start, end, length = _part(length_ptr, PARTS)
+    n_N = gl.program_id(0) * _TILE + gl.arange(0, _TILE, layout=gl.SliceLayout(1, _SCORE))
+    visible_N = length - (Q - 1 - n_N // H)  # a query token sees the tokens before it and itself
+    s_S = gl.arange(0, _TILE, layout=gl.SliceLayout(0, _SCORE))
+    most_N = gl.full([_TILE], float("-inf"), gl.float32, layout=gl.SliceLayout(1, _SCORE))
+    sum_N = gl.zeros([_TILE], gl.float32, layout=gl.SliceLayout(1, _SCORE))
+    zero_NS = gl.zeros([_TILE, _TILE], gl.float32, layout=_SCORE)
+    acc_NJ = gl.zeros([_TILE, _HALF], gl.float32, layout=_RESULT)
+    mbarrier.wait(q_filled, 0)
+    phase = 0
+    for first in range(start, end, 2 * _TILE):
+        own = first + OWN * _TILE
+        score_NS = gl.full([_TILE, _TILE], float("-inf"), gl.float32, layout=_SCORE)
+        if own < end:
+            mbarrier.wait(filled.index(OWN), phase)
+            if own + _TILE > end:
+                _wipe(k.index(2 * OWN), end - own)
+                _wipe(k.index(2 * OWN + 1), end - own)
+                fence_async_shared()
+            left, right = k.index(2 * OWN).permute((1, 0)), k.index(2 * OWN + 1).permute((1, 0))
+            started = warpgroup_mma(q.index(0), left, zero_NS, use_acc=False, is_async=True)
+            started = warpgroup_mma(q.index(1), right, started, is_async=True)
+            started = warpgroup_mma(q_rope, k_rope.index(OWN).permute((1, 0)), started, is_async=True)
+            score_NS = warpgroup_mma_wait(0, deps=(started,)) * scale_log2
+            score_NS = gl.where((own + s_S)[None, :] < visible_N[:, None], score_NS, float("-inf"))
+        own_most_N = gl.max(score_NS, 1)
+        exchange.index(OWN).store(own_most_N)
+        mbarrier.arrive(most_known.index(OWN), count=1)
+        mbarrier.wait(most_known.index(OTHER), phase)
+        other_most_N = exchange.index(OTHER).load(gl.SliceLayout(1, _SCORE))
+        most_now_N = gl.maximum(most_N, gl.maximum(own_most_N, other_most_N))
+        shift_N = gl.where(most_now_N == float("-inf"), 0.0, most_now_N)  # no token visible yet
+        weight_NS = gl.exp2(score_NS - shift_N[:, None])
+        shrink_N = gl.exp2(most_N - shift_N)
+        sum_N = sum_N * shrink_N + gl.sum(weight_NS, 1)
+        most_N = most_now_N
+        if own < end:
+            k_rope.index(OWN).store(weight_NS.to(gl.bfloat16))
+            fence_async_shared()
+        mbarrier.arrive(weighed.index(OWN), count=1)
+        acc_NJ *= gl.convert_layout(shrink_N, gl.SliceLayout(1, _RESULT))[:, None]
+        for tile in gl.static_range(2):
+            if first + tile * _TILE < end:
+                mbarrier.wait(weighed.index(tile), phase)
+                started = warpgroup_mma(k_rope.index(tile), k.index(2 * tile + OWN), acc_NJ, is_async=True)
+                acc_NJ = warpgroup_mma_wait(0, deps=(started,))
+                mbarrier.arrive(emptied.index(tile), count=1)
+        phase ^= 1
+
+    # The other group may still be reading the last maximum.
+    mbarrier.arrive(most_known.index(OWN), count=1)
+    mbarrier.wait(most_known.index(OTHER), phase)
+    exchange.index(OWN).store(sum_N)
+    mbarrier.arrive(sum_known.index(OWN), count=1)
+    mbarrier.wait(sum_known.index(OTHER), 0)
+    sum_N += exchange.index(OTHER).load(gl.SliceLayout(1, _SCORE))
+    factor_N = 1.0 / gl.where(sum_N > 0, sum_N, 1.0)
+    acc_NJ *= gl.convert_layout(factor_N, gl.SliceLayout(1, _RESULT))[:, None]
+    row_N = gl.program_id(0) * _TILE + gl.arange(0, _TILE, layout=gl.SliceLayout(1, _RESULT))
+    j_J = OWN * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _RESULT))
+    QH = Q * H
+    first_row = gl.program_id(2).to(gl.int64) * QH
+    out_ptrs_N = out_ptr + ((first_row + row_N) * PARTS + gl.program_id(1)) * _LATENT
+    out_NJ = acc_NJ.to(out_ptr.dtype.element_ty)
+    gl.store(out_ptrs_N[:, None] + j_J[None, :], out_NJ, mask=(row_N < QH)[:, None])
+    if PARTS > 1 and OWN == 0:
+        lse_ptrs_N = lse_ptr + (first_row + n_N) * PARTS + gl.program_id(1)
+        gl.store(lse_ptrs_N, most_N + gl.log2(sum_N), mask=n_N < QH)  # -inf where no token was visible
+
+
+@gluon.jit(do_not_specialize=["table_stride", "Q"])
+def _mla_hopper(
+    q_desc, q_rope_desc, k_desc, k_rope_desc, table_ptr, table_stride, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q,
+    PAGE: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of query rows, parts, sequences."""
+    q = gl.allocate_shared_memory(gl.bfloat16, [2, _TILE, _HALF], _SHARED)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [_TILE, _ROPE], _SHARED)
+    k = gl.allocate_shared_memory(gl.bfloat16, [4, _TILE, _HALF], _SHARED)  # two tiles, their left and right halves
+    k_rope = gl.allocate_shared_memory(gl.bfloat16, [2, _TILE, _ROPE], _SHARED)
+    exchange = gl.allocate_shared_memory(gl.float32, [2, _TILE], _ROW)
+    q_filled = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    filled = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    emptied = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    most_known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    weighed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    sum_known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_filled, count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(filled.index(i), count=1)
+        mbarrier.init(emptied.index(i), count=2)
+        mbarrier.init(most_known.index(i), count=1)
+        mbarrier.init(weighed.index(i), count=1)
+        mbarrier.init(sum_known.index(i), count=1)
+    fence_async_shared()
+    pdl.wait(PDL)  # the other warps start after it
+    pdl.release(PDL)
+    buffers = q, q_rope, k, k_rope, exchange
+    barriers = q_filled, filled, emptied, most_known, weighed, sum_known
+    descriptors = q_desc, q_rope_desc, k_desc, k_rope_desc
+    gl.warp_specialize(
+        [
+            (_attend, (buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, PARTS, 0)),
+            (_attend, (buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, PARTS, 1)),
+            (_copy_ahead, (buffers, barriers, descriptors, table_ptr, table_stride, length_ptr, Q * H, PAGE, PARTS)),
+        ],
+        [4, 1],
+        [232, 40],  # registers a thread
+    )
+
+
+def takes(q_THX: torch.Tensor, cache: torch.Tensor, latent: int, chip: Chip) -> bool:
+    """Whether this is the chip, and these are DeepSeek's sizes, in BF16, without gaps: the tiles that copies can take.
+
+    Triton 3.9 names copies otherwise.
+    """
+    fits = latent == LATENT and q_THX.shape[2] == LATENT + ROPE and cache.shape[1] % TILE == 0
+    whole = cache.dtype == torch.bfloat16 and cache.is_contiguous() and q_THX.is_contiguous()
+    return chip.name == "sm_90" and fits and whole and hasattr(tma, "async_copy_global_to_shared")
+
+
+def launch(
+    q_THX: torch.Tensor,
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale_log2: float,
+    out_THPC: torch.Tensor,
+    lse_THP: torch.Tensor | None,
+    chip: Chip,
+) -> None:
+    """Fill ``out_THPC``, and with several parts ``lse_THP``, as `mla_decode.mla_decode` does, which checks the rest."""
+    tokens, heads, width = q_THX.shape
+    queries, parts = tokens // len(lengths), 1 if lse_THP is None else lse_THP.shape[2]
+    q_NX, k_SX = q_THX.view(-1, width), cache.view(-1, width)
+    half, rope = [TILE, LATENT // 2], [TILE, ROPE]
+    _mla_hopper[(triton.cdiv(queries * heads, TILE), parts, len(lengths))](
+        TensorDescriptor.from_tensor(q_NX, half, _LAYOUT), TensorDescriptor.from_tensor(q_NX, rope, _LAYOUT),
+        TensorDescriptor.from_tensor(k_SX, half, _LAYOUT), TensorDescriptor.from_tensor(k_SX, rope, _LAYOUT),
+        table, table.stride(0), lengths, out_THPC, lse_THP, scale_log2, heads, queries, PAGE=cache.shape[1],
+        PARTS=parts, PDL=chip.dependent_launch, **options(chip, 4),
+    )  # fmt: skip
