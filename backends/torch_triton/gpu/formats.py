@@ -16,7 +16,7 @@ from ..kernels.experts import Stack
 from ..kernels.weights import Fp8Weight, Int4Weight, Int8Weight, dequantise_weight
 from .experts import Bf16Experts, Experts, KernelExperts
 from .int4 import pad_int4
-from .linear import Bf16Linear, Form, Fp8Linear, KernelLinear, Linear
+from .linear import Bf16Linear, Form, Fp8Linear, Int4Linear, KernelLinear, Linear
 from .matrices import (
     Bf16Weight,
     M,
@@ -162,7 +162,7 @@ class Int4Format:
         return matrices[0]._replace(codes=below([matrix.codes for matrix in matrices]), scales=words)
 
     def linear(self, matrix: Int4Weight) -> Linear:
-        return KernelLinear(matrix, self._form)
+        return Int4Linear(matrix)
 
     def experts(self, gate_up: Int4Weight, down: Int4Weight, shared: int, foreign: bool) -> Experts:
         return KernelExperts(Stack(gate_up, down), self._form, shared, foreign)

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import multiplies_blocks
+from ..kernels.decoded import decoded
 from ..kernels.few_rows import few_rows
 from ..kernels.grouped import one_matrix
 from ..kernels.int8 import quantise_rows
 from ..kernels.quant import GROUP, Codes, Normed, add_norm_quantise, quantise
-from ..kernels.weights import Fp8Weight, Weight
+from ..kernels.weights import Fp8Weight, Int4Weight, Weight
 from ..layers import gated
 
 Operand = Codes | Tensor  # activations: quantised or BF16
@@ -87,6 +88,22 @@ class KernelLinear:
         if _rows(x) >= MANY_ROWS:
             return self.form.gated(one_matrix(x, self._weight))
         return few_rows(x, self._weight, gated=True)
+
+
+class Int4Linear(KernelLinear):
+    """Many rows are multiplied with weights in BF16 by a library."""
+
+    def __init__(self, weight: Int4Weight):
+        super().__init__(weight, Form())
+        self._int4 = weight
+
+    def __call__(self, x: Operand) -> Tensor:
+        assert isinstance(x, Tensor), "INT4 weights take BF16 activations"
+        return F.linear(x, decoded(self._int4)) if len(x) >= MANY_ROWS else few_rows(x, self._int4)
+
+    def gated(self, x: Operand) -> Operand:
+        assert isinstance(x, Tensor), "INT4 weights take BF16 activations"
+        return gated(self(x)) if len(x) >= MANY_ROWS else few_rows(x, self._int4, gated=True)
 
 
 class Fp8Linear:

@@ -33,6 +33,8 @@ def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
     widths = 2 * hidden + 2 * spec.moe_intermediate_size  # FP32 results count twice
     experts = run.parallel.dp * tokens * choices * widths
     dense = tokens * 4 * spec.intermediate_size
+    if run.dtype in ("auto", "int4"):  # a matrix of INT4 is decoded for many tokens
+        dense += hidden * 2 * spec.intermediate_size
     values = 6 * tokens * hidden + max(attention + expanded, experts, dense)
     return 2 * values + 12 * max(run.engine.max_batch, 8) * spec.vocab_size + _LIBRARIES
 

@@ -127,12 +127,12 @@ class Config(NamedTuple):
 def choose(tokens: int, chip: Chip, int4: bool = False) -> Config:
     """One token: tiles that all run at once. More: so many tiles that deep pipelines count instead.
 
-    INT4 has more programs on a processor, as in `few_rows`; not swept yet.
+    INT4 has more programs on a processor, as in `few_rows`.
     """
     if chip.shared_memory < 160 << 10:
         return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
     if int4:
-        return Config(8 if tokens <= 32 else 16 if tokens <= 128 else 32, 32 if tokens == 1 else 64, 4, 128, 4)
+        return Config(8, 32, 4, 64, 4, 2) if tokens <= 8 else Config(16 if tokens <= 128 else 32, 64, 4, 128, 6)
     if tokens == 1:
         return Config(16, 32, 4, 64, 4)
     if tokens <= 128:

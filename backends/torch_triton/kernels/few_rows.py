@@ -95,17 +95,18 @@ def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: 
 
 
 def _choose_int4(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) -> Config:
-    """Decoding is work for many warps: four programs on a processor. Not swept yet.
+    """Decoding is work for many warps: the fastest of a sweep on an H200.
 
     With up to eight rows, products are those of single warps, which do not wait for each other.
     """
-    block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
-    warps = 8 if rows > 16 else 4  # 128 weight rows and 64 others are too much for the registers of four
+    few = rows <= 8
+    block_m = 8 if few else min(64, triton.next_power_of_2(rows))
+    warps = 2 if few else 4
     if gated:
-        return Config(block_m, 32 if rows <= 8 else 64, 1, warps, 4)
-    block_n = 128 if inputs >= 8192 or rows > 16 else 64
-    splits = min(8, 4 * chip.processors // triton.cdiv(outputs, block_n)) if inputs >= 4096 else 1
-    return Config(block_m, block_n, max(1, splits), warps, 4)
+        return Config(block_m, 32 if few else 64, 1, warps, 4)
+    block_n = 128 if 8 < rows <= 32 and outputs >= 4096 else 64
+    splits = (4 if few else 2) * chip.processors // triton.cdiv(outputs, block_n) if inputs >= 4096 else 1
+    return Config(block_m, block_n, max(1, min(8, splits)), warps, 4)
 
 
 def few_rows(

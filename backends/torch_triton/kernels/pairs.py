@@ -144,7 +144,8 @@ def gather(x: Codes | torch.Tensor, pairs: Sorted, choices: int) -> Codes | torc
     rows, device, chip = len(pairs.pair_R), values.device, chip_of(values.device)
     out = torch.empty(rows, channels, dtype=values.dtype, device=device)
     scales, out_scales, groups = None, None, 0
-    strides, out_strides = (0, 0), (0, 0)
+    strides: tuple[int, ...] = (0, 0)
+    out_strides: tuple[int, ...] = (0, 0)
     if isinstance(x, Codes):
         scales, groups = x.scales, x.scales.shape[1]
         out_scales = torch.empty(groups, rows, dtype=torch.float32, device=device).t()

@@ -17,7 +17,6 @@ from ..cache import to_entries
 from . import entries, pdl
 from .chips import check, chip_of, options
 
-
 MANY_TOKENS = 256  # which fill the chip also with fewer programs for each
 
 
