@@ -23,6 +23,7 @@ from deepspan.backends.torch_triton.kernels import (
     absorb,
     best,
     chips,
+    decoded,
     embed,
     entries,
     experts,
@@ -217,8 +218,10 @@ def launch_prompts(chip: chips.Chip) -> None:
         h = quant.quantise(empty(5400, 2048))
         for factors in (None, empty(600, 9, dtype=torch.float32)):
             grouped.grouped(h, weight, sorted_pairs, factors, config=grouped.HOPPER)
-    for weight in weights(chip, 7168, 2048, rare=False):
-        if not isinstance(weight, Fp8Weight):
+    for weight in weights(chip, 7168, 2048):
+        if isinstance(weight, Int4Weight):
+            decoded.decoded(weight)
+        elif isinstance(weight, Int8Weight):
             for x in activations(chip, weight, 600, 2048):
                 grouped.one_matrix(x, weight)
 
@@ -233,7 +236,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     modules = (
         quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
-        best, embed, pairs,
+        best, embed, pairs, decoded,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip
