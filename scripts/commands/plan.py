@@ -86,7 +86,7 @@ def _auto_dtype(config: RunConfig, stored: str) -> str:
     """What the backends choose on their accelerators; on CPUs, the larger of what they may."""
     if config.device == "cpu" or config.backend == "reference":
         return "fp32"
-    if config.backend == "mindspore_ascend":
+    if config.backend == "mindspore_ascend" or config.device == "npu":
         return "w8a8" if stored == "w8a8" else "bf16"
     return stored
 

@@ -33,7 +33,8 @@ def test_auto_is_the_format_of_the_checkpoint_where_a_backend_has_it(deepspan, t
     for backend, dtype in chosen.items():
         found = json.loads(deepspan("plan", directory, "--set", f"backend={backend}", "--json").out)
         assert found["weights"] == dtype
-    assert json.loads(deepspan("plan", directory, "--set", "device=cpu", "--json").out)["weights"] == "fp32"
+    for device, dtype in {"cpu": "fp32", "npu": chosen["mindspore_ascend"]}.items():
+        assert json.loads(deepspan("plan", directory, "--set", f"device={device}", "--json").out)["weights"] == dtype
 
 
 def test_int4_groups_are_not_cut(deepspan):
