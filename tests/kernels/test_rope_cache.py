@@ -14,11 +14,11 @@ from tests.kernels.device import seeded
 from tests.specs import make
 
 
-def frame(*shape: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
+def frame(*shape: int, dtype=torch.bfloat16, seed: int = 0, left: int = 3, right: int = 8) -> torch.Tensor:
     """Random numbers as a view inside NaN."""
-    wide = torch.full([size + 2 for size in shape[:-1]] + [shape[-1] + 11], torch.nan, dtype=dtype)
+    wide = torch.full([size + 2 for size in shape[:-1]] + [left + shape[-1] + right], torch.nan, dtype=dtype)
     inside = [slice(1, size + 1) for size in shape[:-1]]
-    view = wide[(*inside, slice(3, shape[-1] + 3))]
+    view = wide[(*inside, slice(left, shape[-1] + left))]
     view[:] = torch.randn(shape, generator=seeded(seed))
     return view
 
@@ -30,7 +30,7 @@ def frame(*shape: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
 def test_equals_its_twin(latent, rope, heads, dtype, held, page):
     tokens = 4
     kv = frame(tokens, latent + rope, dtype=dtype)
-    q = frame(tokens, heads, rope, seed=1)
+    q = frame(tokens, heads, rope, seed=1, left=2)
     weight = torch.rand(latent) + 0.5
     positions = torch.tensor([0, 255, 7, 8], dtype=torch.int32)
     slots = torch.tensor([3 * page, page - 1, -1, 2 * page + 3], dtype=torch.int64)
@@ -47,7 +47,7 @@ def test_equals_its_twin(latent, rope, heads, dtype, held, page):
 
 
 def test_queries_may_be_rotated_in_place():
-    q, kv = frame(1, 4, 16), frame(1, 48)
+    q, kv = frame(1, 4, 16, left=2), frame(1, 48)
     tables = kernel.Tables(*map(torch.tensor, rope_tables(make(qk_rope_head_dim=16), 9)))
     at = torch.tensor([8]), torch.tensor([0])
     expected, cache = torch.empty(1, 4, 16).bfloat16(), torch.empty(1, 4, 48).bfloat16()

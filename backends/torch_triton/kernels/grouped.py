@@ -21,8 +21,8 @@ import triton.language as tl
 from . import e4m3, grouped_hopper, int4, pdl
 from .chips import Chip, check, chip_of, options
 from .pairs import Sorted
-from .quant import GROUP, Codes, dequantise
-from .weights import Fp8Weight, Int4Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
+from .quant import Codes, dequantise
+from .weights import Fp8Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
 
 
 @triton.jit(do_not_specialize=["x_scales_stride", "R"])
@@ -150,19 +150,12 @@ def choose_for_experts(pairs: int, stack: Sequence[Weight], chip: Chip) -> Confi
     """Of both products of a stack [gate and up, down], for ``pairs`` of its own."""
     if pairs >= HOPPER_PAIRS * len(stack[0].codes) and all(grouped_hopper.takes(weight, chip) for weight in stack):
         return HOPPER
-    return choose(chip, isinstance(stack[0], Int4Weight), pairs // len(stack[0].codes))
+    return choose(chip)
 
 
-def choose(chip: Chip, int4: bool = False, rows: int = GROUP) -> Config:
-    """Tiles small enough that three programs share a processor: one multiplies while others add up or wait.
-
-    INT4 weights are decoded once for up to 128 ``rows`` of a matrix; not swept yet.
-    """
-    if chip.shared_memory < 160 << 10:
-        return Config(64, 64, 4, 2)
-    if int4:
-        return Config(128, 128, 8, 3) if rows >= GROUP else Config(64, 128, 4, 3)
-    return Config(64, 128, 4, 3)
+def choose(chip: Chip) -> Config:
+    """Tiles small enough that three programs share a processor: one multiplies while others add up or wait."""
+    return Config(64, 64, 4, 2) if chip.shared_memory < 160 << 10 else Config(64, 128, 4, 3)
 
 
 def grouped(
@@ -203,7 +196,7 @@ def _launch(
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
     outputs = weight.codes.shape[-2]
-    config = config or choose(chip, isinstance(weight, Int4Weight))
+    config = config or choose(chip)
     check_weight(weight, values, chip, name)
     check(len(values) >= config.block_m, f"{len(values)} rows are less than a tile", name)
     room = torch.zeros if foreign else torch.empty

@@ -17,8 +17,6 @@ from ..cache import to_entries
 from . import entries, pdl
 from .chips import check, chip_of, options
 
-MANY_TOKENS = 256  # which fill the chip also with fewer programs for each
-
 
 class Tables(NamedTuple):
     """float32 [positions, R / 2]."""
@@ -32,6 +30,16 @@ def rotated(pairs_HZ2, cos_HZ, sin_HZ):
     """Pairs of adjacent numbers [H, Z, 2], rotated."""
     even_HZ, odd_HZ = tl.split(pairs_HZ2.to(tl.float32))
     return tl.join(even_HZ * cos_HZ - odd_HZ * sin_HZ, even_HZ * sin_HZ + odd_HZ * cos_HZ)
+
+
+@triton.jit
+def rotated_words(pair_HZ, cos_1Z, sin_1Z):
+    """Pairs of BF16 as words of 32 bits, rotated: nothing moves between threads, as it does when pairs are split."""
+    even_HZ = (pair_HZ << 16).to(tl.float32, bitcast=True)
+    odd_HZ = (pair_HZ & -65536).to(tl.float32, bitcast=True)
+    low_HZ = (even_HZ * cos_1Z - odd_HZ * sin_1Z).to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    high_HZ = (even_HZ * sin_1Z + odd_HZ * cos_1Z).to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    return low_HZ.to(tl.int32) | (high_HZ.to(tl.int32) << 16)
 
 
 @triton.jit
@@ -89,15 +97,12 @@ def _rope_cache(
             cos_TZ, sin_TZ, C, R, PAGE, INSTRUCTION,
         )  # fmt: skip
     else:
-        r_Z2 = 2 * tl.arange(0, BLOCK_Z)[:, None] + tl.arange(0, 2)[None, :]
+        z_Z = tl.arange(0, BLOCK_Z)
         h_H = (tl.program_id(1) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        mask_HZ2 = (h_H < H)[:, None, None] & (r_Z2 < R)[None, :, :]
-        q_ptrs_HZ2 = q_ptr + t * q_stride_t + (h_H * q_stride_h)[:, None, None] + r_Z2[None, :, :]
-        q_HZ2 = tl.load(q_ptrs_HZ2, mask=mask_HZ2, other=0.0)
-        cos_HZ = tl.broadcast_to(cos_TZ, (BLOCK_H, BLOCK_Z))
-        sin_HZ = tl.broadcast_to(sin_TZ, (BLOCK_H, BLOCK_Z))
-        out_ptrs_HZ2 = q_out_ptr + t * q_out_stride_t + (h_H * q_out_stride_h)[:, None, None] + r_Z2[None, :, :]
-        tl.store(out_ptrs_HZ2, rotated(q_HZ2, cos_HZ, sin_HZ), mask=mask_HZ2)
+        mask_HZ = (h_H < H)[:, None] & (z_Z < R // 2)[None, :]
+        q_ptrs_HZ = q_ptr + t * q_stride_t + (h_H * q_stride_h)[:, None] + z_Z[None, :]
+        out_ptrs_HZ = q_out_ptr + t * q_out_stride_t + (h_H * q_out_stride_h)[:, None] + z_Z[None, :]
+        tl.store(out_ptrs_HZ, rotated_words(tl.load(q_ptrs_HZ, mask=mask_HZ, other=0), cos_TZ, sin_TZ), mask=mask_HZ)
 
 
 def rope_cache(
@@ -115,7 +120,7 @@ def rope_cache(
     the rotated queries.
 
     ``kv_TX``: down-projected latent and key, BF16 or FP32; ``q_rope_THR`` BF16, a view of the queries; ``q_out_THR``
-    BF16, where attention reads them (the same view, or the end of absorbed queries);
+    BF16, where attention reads them (the same view, or the end of absorbed queries); pairs of both lie at even places;
     ``slots_T``: block * block_size + offset, negative for padding.
     """
     name = "rope_cache"
@@ -131,14 +136,22 @@ def rope_cache(
     check(contiguous and cos.is_contiguous() and sin.is_contiguous(), "rows must be contiguous", name)
     check(cos.shape[1] == sin.shape[1] == rope // 2, f"tables of {cos.shape[1]} pairs", name)
     chip = chip_of(cache.device)
-    block_h = min(16 if tokens < MANY_TOKENS else 64, triton.next_power_of_2(heads))
+    q_words_THZ, out_words_THZ = (_words(x, name) for x in (q_rope_THR, q_out_THR))
+    block_h = min(32, triton.next_power_of_2(heads))
     _rope_cache[(tokens, 1 + triton.cdiv(heads, block_h))](
-        kv_TX, kv_TX.stride(0), weight_C, eps, q_rope_THR, *q_rope_THR.stride()[:2], q_out_THR,
-        *q_out_THR.stride()[:2], positions_T, slots_T, cos, sin, cache, *cache.stride()[:2], heads, latent, rope,
+        kv_TX, kv_TX.stride(0), weight_C, eps, q_words_THZ, *q_words_THZ.stride()[:2], out_words_THZ,
+        *out_words_THZ.stride()[:2], positions_T, slots_T, cos, sin, cache, *cache.stride()[:2], heads, latent, rope,
         PAGE=cache.shape[1], BLOCK_H=block_h, BLOCK_C=triton.next_power_of_2(latent),
         BLOCK_Z=triton.next_power_of_2(rope // 2), INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch,
         **options(chip, 4),
     )  # fmt: skip
+
+
+def _words(x_THR: torch.Tensor, name: str) -> torch.Tensor:
+    """The pairs of BF16 numbers as int32 [T, H, Z]."""
+    even = all(stride % 2 == 0 for stride in x_THR.stride()[:2]) and x_THR.storage_offset() % 2 == 0
+    check(x_THR.dtype == torch.bfloat16 and even, f"queries in {x_THR.dtype} with strides {x_THR.stride()}", name)
+    return x_THR.view(torch.int32)
 
 
 def _rotate_eager(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
