@@ -6,6 +6,8 @@ width.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...base import FloatArray, IntArray, StepBatch
+from ...base import IntArray, StepBatch, output_rows
 from ..kernels.prompt_attention import TILE_QUERIES, Tile
 from ..plan import ABSORBED_QUERIES
 
@@ -49,12 +51,14 @@ class Prompts:
 class Step:
     """``decode`` when all tokens attend in the absorbed form and alike; else what each does. int32 tensors.
 
-    ``tokens``: how many of the T there are before those of padding, where the host knows.
+    ``rows_O``: the outputs' rows among the T, of which the last rows from ``tokens`` on are padding; where the host
+    knows.
     """
 
     token_ids_T: Tensor
     positions_T: Tensor
     slots_T: Tensor
+    rows_O: Tensor | None = None
     tokens: int | None = None
     decode: Absorbed | None = None
     absorbed: tuple[Absorbed, ...] = ()
@@ -90,33 +94,50 @@ def mixed_step(
     positions_T, slots_T = positions_and_slots(batch, block_size)
     padding = -(-tokens // _MULTIPLE) * _MULTIPLE - len(positions_T)
 
-    def padded(values_T: IntArray, filler: int) -> Tensor:
-        return torch.from_numpy(np.pad(values_T, (0, padding), constant_values=filler)).to(device)
+    def padded(values_T: IntArray, filler: int) -> IntArray:
+        return np.pad(values_T, (0, padding), constant_values=filler)
 
     lens_B = batch.query_lens_B
+    absorbed = [
+        _absorbed(batch, np.flatnonzero(lens_B == queries), queries)
+        for queries in range(1, ABSORBED_QUERIES + 1)
+        if (lens_B == queries).any()
+    ]
+    prompts = [_prompts(batch, group, block_size) for group in _groups_of_prompts(batch, expanded)]
+    rows_O, _, _ = output_rows(batch)
+    common = padded(batch.token_ids_T, 0), padded(positions_T, 0), padded(slots_T, -1), rows_O
+    sent = iter(send_together([*common, *itertools.chain(*absorbed, *prompts)], device))
     return Step(
-        padded(batch.token_ids_T, 0),
-        padded(positions_T, 0),
-        padded(slots_T, -1),
+        token_ids_T=next(sent),
+        positions_T=next(sent),
+        slots_T=next(sent),
+        rows_O=next(sent),
         tokens=len(positions_T),
-        absorbed=tuple(
-            _absorbed(batch, np.flatnonzero(lens_B == queries), queries, longest, device)
-            for queries in range(1, ABSORBED_QUERIES + 1)
-            if (lens_B == queries).any()
-        ),
-        prompts=tuple(_prompts(batch, group, block_size, device) for group in _groups_of_prompts(batch, expanded)),
+        absorbed=tuple(Absorbed(next(sent), next(sent), next(sent), longest) for _ in absorbed),
+        prompts=tuple(Prompts(next(sent), next(sent)) for _ in prompts),
     )
 
 
-def _absorbed(
-    batch: StepBatch, sequences_B: NDArray[np.int64], queries: int, longest: int, device: torch.device
-) -> Absorbed:
+def send_together(arrays: Sequence[NDArray], device: torch.device) -> list[Tensor]:
+    """Integers and FP32 numbers, as 32-bit tensors on the device after one transfer, for which nobody waits.
+
+    Each begins at a multiple of 16 bytes: kernels are compiled for pointers that do, or for others.
+    """
+    parts = [np.ascontiguousarray(part, np.float32 if part.dtype.kind == "f" else np.int32) for part in arrays]
+    sizes = [-(-part.size // 4) * 4 for part in parts]
+    words = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type != "cpu")
+    for part, room in zip(parts, words.split(sizes), strict=True):
+        room[: part.size].numpy()[:] = part.reshape(-1).view(np.int32)
+    sent = words.to(device, non_blocking=True).split(sizes)
+    types = [torch.float32 if part.dtype.kind == "f" else torch.int32 for part in parts]
+    return [room[: part.size].view(kind).view(part.shape) for part, room, kind in zip(parts, sent, types, strict=True)]
+
+
+def _absorbed(batch: StepBatch, sequences_B: NDArray[np.int64], queries: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Rows, tables and lengths of `Absorbed`."""
     first_B = (np.cumsum(batch.query_lens_B) - batch.query_lens_B)[sequences_B]
     rows_A = (first_B[:, None] + np.arange(queries)).reshape(-1)
-    lengths_B = (batch.context_lens_B[sequences_B] + queries).astype(np.int32)
-    tables_BM = np.ascontiguousarray(batch.block_tables_BM[sequences_B])
-    rows, table, lengths = (torch.from_numpy(part).to(device) for part in (rows_A, tables_BM, lengths_B))
-    return Absorbed(rows, table, lengths, longest)
+    return rows_A, batch.block_tables_BM[sequences_B], batch.context_lens_B[sequences_B] + queries
 
 
 def _groups_of_prompts(batch: StepBatch, limit: int) -> list[list[int]]:
@@ -133,7 +154,8 @@ def _groups_of_prompts(batch: StepBatch, limit: int) -> list[list[int]]:
     return groups
 
 
-def _prompts(batch: StepBatch, sequences: list[int], block_size: int, device: torch.device) -> Prompts:
+def _prompts(batch: StepBatch, sequences: list[int], block_size: int) -> tuple[NDArray, NDArray]:
+    """Slots and tiles of `Prompts`."""
     rows_B = np.cumsum(batch.query_lens_B) - batch.query_lens_B
     slots: list[NDArray[np.int64]] = []
     tiles = []
@@ -148,10 +170,7 @@ def _prompts(batch: StepBatch, sequences: list[int], block_size: int, device: to
             tiles.append(Tile(int(rows_B[sequence]) + first, count, start, context + first))
         start += context + queries
     tiles.sort(key=lambda tile: tile.position, reverse=True)
-    return Prompts(
-        torch.from_numpy(np.concatenate(slots)).to(device),
-        torch.from_numpy(np.array(tiles, np.int32)).to(device),
-    )
+    return np.concatenate(slots), np.array(tiles)
 
 
 class DecodeBuffers:
@@ -228,18 +247,9 @@ class SamplingNumbers:
     seed_O: Tensor
 
 
-def sampling_numbers(
-    batch: StepBatch, sequence_O: NDArray[np.int64], position_O: IntArray, device: torch.device
-) -> SamplingNumbers:
+def sampling_numbers(batch: StepBatch, device: torch.device) -> SamplingNumbers:
+    """Of a step's outputs."""
     chosen = batch.sampling
-
-    def send(values_O: IntArray | FloatArray | NDArray[np.uint32]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values_O)).to(device)
-
-    return SamplingNumbers(
-        send(position_O),
-        send(chosen.temperature_B[sequence_O]),
-        send(chosen.top_k_B[sequence_O]),
-        send(chosen.top_p_B[sequence_O]),
-        send(chosen.seed_B[sequence_O].view(np.int32)),
-    )
+    _, sequence_O, position_O = output_rows(batch)
+    by_sequence = chosen.temperature_B, chosen.top_k_B, chosen.top_p_B, chosen.seed_B.view(np.int32)
+    return SamplingNumbers(*send_together([position_O, *(values_B[sequence_O] for values_B in by_sequence)], device))

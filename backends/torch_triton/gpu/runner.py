@@ -144,25 +144,23 @@ class GpuRunner:
         """This replica's outputs, on the last stage."""
         assert self._model is not None, "closed"
         model, batch = self._model, share.batch
-        rows_O, sequence_O, position_O = output_rows(batch)
         step = self._mixed_step(batch, max(share.tokens))
-        # Sent before the work is queued: a copy from the host waits for all that was queued before it.
-        device_rows_O = torch.from_numpy(rows_O).to(self._device)
-        numbers = sampling_numbers(batch, sequence_O, position_O, self._device) if how is not Draw.GREEDY else None
+        assert step.rows_O is not None, "the host knows them"
+        numbers = sampling_numbers(batch, self._device) if how is not Draw.GREEDY else None
         stream = model.hidden(step)
         if not model.is_last_stage:
             return None
         logits_OV, token_ids_O = self._no_outputs()
-        if len(rows_O):
-            logits_OV = model.logits(stream.rows(device_rows_O))
+        if len(step.rows_O):
+            logits_OV = model.logits(stream.rows(step.rows_O))
             token_ids_O = draw(logits_OV, numbers, how)
-            model.last_O[: len(rows_O)] = token_ids_O
+            model.last_O[: len(token_ids_O)] = token_ids_O
         token_ids = token_ids_O.cpu().numpy()
         draft_OV = None
         if batch.draft:
             next_T = np.zeros(len(step.token_ids_T), np.int32)
-            next_T[: len(batch.token_ids_T)] = next_tokens(batch, rows_O, token_ids)
-            draft_OV = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), device_rows_O, step)
+            next_T[: len(batch.token_ids_T)] = next_tokens(batch, output_rows(batch)[0], token_ids)
+            draft_OV = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), step.rows_O, step)
         return StepResult(
             token_ids_O=token_ids,
             logits_OV=logits_OV.cpu().numpy() if batch.return_logits else None,
