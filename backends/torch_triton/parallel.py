@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...models.sharding import Grid, Position
+
+if TYPE_CHECKING:
+    from .gpu.symmetric import SmallSum
 
 
 class Group:
@@ -29,20 +33,24 @@ class Group:
     round a ring, whose steps cost more than the bytes.
     """
 
+    small_sum: SmallSum | None = None  # GPUs that reach each other's memory add small matrices by it
+
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, handle: dist.ProcessGroup | None = None):
         self.ranks = ranks
         self.size = len(ranks)
         self.index = ranks.index(rank)
-        self._handle = handle
+        self.handle = handle
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of the ranks' ``x``, on every rank. On a GPU, ``x`` itself becomes the sum."""
         if self.size == 1:
             return x
+        if self.small_sum is not None and self.small_sum.takes(x):
+            return self.small_sum(x)
         if x.device.type != "cpu":
-            dist.all_reduce(x, group=self._handle)
+            dist.all_reduce(x, group=self.handle)
             return x
-        return _sum(self._exchange(x.expand(self.size, *x.shape))).to(x.dtype)
+        return ordered_sum(self._exchange(x.expand(self.size, *x.shape))).to(x.dtype)
 
     def beside(self, x: Tensor) -> Tensor:
         """The ranks' matrices beside each other, joined along the last axis."""
@@ -59,7 +67,7 @@ class Group:
             return x
         if x.device.type != "cpu":
             room = x.new_empty(self.size * len(x), *x.shape[1:])
-            dist.all_gather_into_tensor(room, x.contiguous(), group=self._handle)
+            dist.all_gather_into_tensor(room, x.contiguous(), group=self.handle)
             return room
         return self._exchange(x.repeat(self.size, *[1] * (x.dim() - 1)), [len(x)] * self.size, counts)
 
@@ -70,34 +78,34 @@ class Group:
         own = counts[self.index]
         if x.device.type != "cpu":
             room = x.new_empty(own, *x.shape[1:])
-            dist.reduce_scatter_tensor(room, x.contiguous(), group=self._handle)
+            dist.reduce_scatter_tensor(room, x.contiguous(), group=self.handle)
             return room
         parts = self._exchange(x, counts, [own] * self.size).unflatten(0, (self.size, own))
-        return _sum(parts).to(x.dtype)
+        return ordered_sum(parts).to(x.dtype)
 
     def send_on(self, x: Tensor) -> None:
         """Hand ``x`` to the next rank."""
-        dist.send(x.contiguous(), self.ranks[self.index + 1], group=self._handle)
+        dist.send(x.contiguous(), self.ranks[self.index + 1], group=self.handle)
 
     def receive(self, room: Tensor) -> Tensor:
         """What the previous rank sends, in ``room``."""
-        dist.recv(room, self.ranks[self.index - 1], group=self._handle)
+        dist.recv(room, self.ranks[self.index - 1], group=self.handle)
         return room
 
     def from_last(self, x: Tensor) -> Tensor:
         """The last rank's ``x``, written into that of every rank."""
         if self.size > 1:
-            dist.broadcast(x, self.ranks[-1], group=self._handle)
+            dist.broadcast(x, self.ranks[-1], group=self.handle)
         return x
 
     def _exchange(self, x: Tensor, counts: list[int] | None = None, received: list[int] | None = None) -> Tensor:
         """Part i of ``x`` goes to rank i; the parts that come, by rank. Parts are equal, or ``counts`` rows long."""
         room = torch.empty_like(x) if received is None else x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(room, x.contiguous(), received, counts, group=self._handle)
+        dist.all_to_all_single(room, x.contiguous(), received, counts, group=self.handle)
         return room
 
 
-def _sum(parts: Tensor) -> Tensor:
+def ordered_sum(parts: Tensor) -> Tensor:
     """In FP32, from the first part to the last."""
     return reduce(torch.add, parts.float().unbind())
 

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from deepspan.backends.torch_triton.cache import FP8_CACHE
 from deepspan.backends.torch_triton.kernels import (
     absorb,
+    all_reduce,
     best,
     chips,
     decoded,
@@ -231,12 +232,18 @@ def launch_tokens(chip: chips.Chip) -> None:
     embed.embed(empty(8, dtype=torch.int32), empty(8, dtype=torch.int32), empty(129280, 7168))
 
 
+def launch_between_ranks(chip: chips.Chip) -> None:
+    for ranks in (2, 4, 8):
+        addresses, counts = empty(ranks, dtype=torch.int64), empty(all_reduce.BLOCKS, dtype=torch.int32)
+        all_reduce.all_reduce(empty(8, 7168), all_reduce.Peers(1, addresses, counts))
+
+
 def main(name: str) -> None:
     chip = chips.chip_named(name)
     launches = Launches(chip)
     modules = (
         quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
-        best, embed, pairs, decoded,
+        best, embed, pairs, decoded, all_reduce,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip
@@ -246,7 +253,7 @@ def main(name: str) -> None:
     JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)
     launchers = (
         launch_quant, launch_few_rows, launch_experts, launch_router, launch_mla, launch_around_attention,
-        launch_prompts, launch_tokens,
+        launch_prompts, launch_tokens, launch_between_ranks,
     )  # fmt: skip
     for launch in launchers:
         launch(chip)

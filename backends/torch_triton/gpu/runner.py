@@ -33,6 +33,7 @@ from .model import Model
 from .room import blocks_that_fit, check_weights_fit
 from .sampling import Draw, draw, draw_of
 from .source import DeviceTensors, DrawnTensors, StoredTensors
+from .symmetric import connect
 
 _SEED = 0  # of weights that are drawn here
 
@@ -55,6 +56,7 @@ class GpuRunner:
         _check_shapes(spec)
         if device.type != "cpu":
             torch.get_device_module(device).set_device(device)  # where kernels are launched
+            connect(self._rank, device)
 
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:

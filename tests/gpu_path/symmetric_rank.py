@@ -1,0 +1,35 @@
+"""A process of `test_symmetric`: prints as JSON whether sums go over memory shared with the other process."""
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from deepspan.backends.torch_triton.gpu.symmetric import connect
+from deepspan.backends.torch_triton.parallel import ordered_sum
+from deepspan.backends.torch_triton.rank import join
+from tests.gpu_path.opening import run_of
+from tests.kernels.device import DEVICE
+
+SHAPES = [(1, 7168), (2, 40), (30, 7168), (130, 7168)]  # the last is the library's
+
+
+def main():
+    rank = join(run_of("bf16", {"tp": 2}))
+    connect(rank, DEVICE)
+    group = rank.mesh.tp
+    right = []
+    for seed, shape in enumerate(SHAPES * 3):
+        parts = torch.stack([random(shape, 10 * seed + index) for index in range(2)])
+        x = parts[group.index].to(DEVICE)
+        right.append(torch.equal(group.total(x).cpu(), ordered_sum(parts).bfloat16()))
+    print(json.dumps({"connected": group.small_sum is not None, "right": all(right)}))
+    dist.barrier()
+
+
+def random(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+if __name__ == "__main__":
+    main()
