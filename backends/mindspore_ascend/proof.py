@@ -142,6 +142,8 @@ def _view(prefill: bool) -> tuple[Tensor, ...]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Type-check the graphs of fused operators without an NPU.")
     parser.add_argument("--spec", default="deepseek_v3")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--dense", type=int, default=1, help="layers before the first mixture of experts")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
@@ -150,8 +152,8 @@ def main() -> int:
     options = parser.parse_args()
     ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
-    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
-    spec = load_spec(options.spec).replace(layers)
+    layers = {"num_hidden_layers": options.layers, "first_k_dense_replace": options.dense}
+    spec = load_spec(options.spec).replace(layers | {"num_nextn_predict_layers": 1})
     grid = Grid(tp=options.tp, ep=options.ep, dp=options.dp)
     for name, cell, inputs in graphs(spec, grid, options.dtype == "w8a8", options.static):
         outcome = type_check(cell, *inputs)
