@@ -9,7 +9,9 @@ from deepspan.models.errors import DeepspanError
 from tests.kernels.device import seeded
 
 
-@pytest.mark.parametrize("tokens, per_token, number, block_m", [(40, 4, 9, 16), (3, 2, 300, 128), (700, 3, 8, 32)])
+@pytest.mark.parametrize(
+    "tokens, per_token, number, block_m", [(40, 4, 9, 16), (3, 2, 300, 128), (700, 3, 8, 32), (900, 2, 8, 192)]
+)
 def test_tiles_hold_every_pair_once(tokens, per_token, number, block_m):
     ids = torch.randint(number, (tokens, per_token), generator=seeded(0)).int()
     ids[:, 0] = 5  # an expert with many tiles
@@ -23,6 +25,15 @@ def test_tiles_hold_every_pair_once(tokens, per_token, number, block_m):
             seen += here
     assert sorted(seen) == list(range(ids.numel()))
     assert len(pairs.expert_U) <= min(ids.numel(), number) + ids.numel() // block_m
+
+
+def test_tiles_of_an_expert_are_about_equally_tall():
+    ids = torch.tensor([0] * 193 + [1] * 192 + [2] * 449 + [3] * 5, dtype=torch.int32)[:, None]
+    pairs = sort_pairs(ids, 4, 192)
+    rows = [(expert, rows) for expert, rows in zip(pairs.expert_U.tolist(), pairs.rows_U.tolist(), strict=True)]
+    assert [tile for tile in rows if tile[0] >= 0] == [
+        (0, 128), (0, 65), (1, 192), (2, 192), (2, 192), (2, 65), (3, 5)
+    ]  # fmt: skip
 
 
 def test_pairs_of_experts_that_are_not_here_come_last():

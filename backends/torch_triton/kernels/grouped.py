@@ -142,8 +142,8 @@ class Config(NamedTuple):
     has_tasks: bool = False  # the kernel of `grouped_hopper`
 
 
-HOPPER = Config(grouped_hopper.TILE, grouped_hopper.TILE, 4, grouped_hopper.STAGES, has_tasks=True)
-HOPPER_PAIRS = 192  # an expert: faster at 286 of DeepSeek-V3's, slower at 36
+HOPPER = Config(grouped_hopper.ROWS, grouped_hopper.TILE, 4, grouped_hopper.STAGES, has_tasks=True)
+HOPPER_PAIRS = 72  # an expert: 2 % faster at so many of DeepSeek-V3's, slower at 36
 
 
 def choose_for_experts(pairs: int, stack: Sequence[Weight], chip: Chip) -> Config:

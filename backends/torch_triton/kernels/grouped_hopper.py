@@ -1,8 +1,10 @@
 """`grouped` on Hopper for prompts of many tokens: its warps have different tasks.
 
-One warp has tiles of activations and weights copied ahead into a ring of buffers. Two groups of four warps multiply,
-each half of the tile's rows: while one adds up its product in FP32, the matrix units are the other's. Programs stay and
-walk all tiles, so that copying goes on while results are written. Sums are those of `grouped`, bit for bit.
+One warp has tiles of activations and weights copied ahead into a ring of buffers. Three groups of four warps multiply,
+each 64 of the tile's rows: while one adds up its product in FP32, the matrix units are the others'. What limits them
+is the traffic between the L2 cache and the processors: hence tiles as tall as registers allow, and no copies of rows
+that are not there. Programs stay and walk all tiles, so that copying goes on while results are written. Sums are those
+of `grouped`, bit for bit.
 
 Written in Gluon, Triton's language for what its compiler does not do alone; it compiles for sm_90 only.
 
@@ -27,17 +29,21 @@ from .chips import Chip, check
 from .quant import Codes
 from .weights import Fp8Weight, Weight
 
-TILE = 128  # rows, outputs and inputs of a tile: one scale of the weights
-STAGES = 6  # buffers of 32 KiB
+TILE = 128  # outputs and inputs of a tile: one scale of the weights
+GROUPS = 3
+GROUP_ROWS = 64
+ROWS = GROUPS * GROUP_ROWS  # of a tile
+STAGES = 5  # buffers of 40 KiB
 _LAYOUT = gl.NVMMASharedLayout(128, 8, rank=2)  # rows of 128 bytes, swizzled as the matrix units read them
 _TILE = gl.constexpr(TILE)
-_HALF = gl.constexpr(TILE // 2)
+_ROWS = gl.constexpr(GROUP_ROWS)
+_GROUPS = gl.constexpr(GROUPS)
 _PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32]))
 _RESULT = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))  # 16 bytes a thread, whole rows
 
 
 @gluon.jit
-def _copy_ahead(buffers, x_desc, w_desc, expert_ptr, start_ptr, sizes, STAGES: gl.constexpr):
+def _copy_ahead(buffers, x_desc, w_desc, expert_ptr, start_ptr, rows_ptr, sizes, STAGES: gl.constexpr):
     x_ring, w_ring, filled, emptied = buffers
     U, _, E, N, BLOCKS = sizes
     count = 0
@@ -46,35 +52,39 @@ def _copy_ahead(buffers, x_desc, w_desc, expert_ptr, start_ptr, sizes, STAGES: g
         expert = gl.load(expert_ptr + tile // columns)
         if (expert >= 0) & (expert < E):
             start = gl.load(start_ptr + tile // columns)
+            groups = gl.cdiv(gl.load(rows_ptr + tile // columns), _ROWS)
             w_row = expert * N + tile % columns * _TILE
             for block in range(BLOCKS):
                 stage = count % STAGES
                 ready = filled.index(stage)
                 mbarrier.wait(emptied.index(stage), (count // STAGES & 1) ^ 1)
-                mbarrier.expect(ready, 2 * _TILE * _TILE)
-                tma.async_copy_global_to_shared(x_desc, [start, block * _TILE], ready, x_ring.index(stage))
+                for number in gl.static_range(1, _GROUPS + 1):
+                    mbarrier.expect(ready, (_TILE + number * _ROWS) * _TILE, pred=groups == number)
+                for group in gl.static_range(_GROUPS):
+                    at, room = [start + group * _ROWS, block * _TILE], x_ring.index(stage * _GROUPS + group)
+                    tma.async_copy_global_to_shared(x_desc, at, ready, room, pred=group < groups)
                 tma.async_copy_global_to_shared(w_desc, [w_row, block * _TILE], ready, w_ring.index(stage))
                 count += 1
 
 
 @gluon.jit
-def _multiply(buffers, given, sizes, SCATTER: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr):
-    """One half of every tile's rows. A half without rows of its own only lets the buffers go."""
+def _multiply(buffers, given, sizes, SCATTER: gl.constexpr, STAGES: gl.constexpr, OWN: gl.constexpr):
+    """Rows of group OWN of every tile. A group without rows only lets the buffers go."""
     x_ring, w_ring, filled, emptied = buffers
     x_scales_ptr, x_scales_stride, factors_ptr, pair_ptr, expert_ptr, start_ptr, rows_ptr, scales_ptr, out_ptr = given
     U, R, E, N, BLOCKS = sizes
     count = 0
     columns = N // _TILE
-    zero_MJ = gl.zeros([_HALF, _TILE], gl.float32, layout=_PRODUCT)
+    zero_MJ = gl.zeros([_ROWS, _TILE], gl.float32, layout=_PRODUCT)
     for tile in range(gl.program_id(0), U * columns, gl.num_programs(0)):
         u, column = tile // columns, tile % columns
         expert = gl.load(expert_ptr + u)
         if (expert >= 0) & (expert < E):
             start = gl.load(start_ptr + u)
             end = start + gl.load(rows_ptr + u)
-            first = start + HALF * _HALF
+            first = start + OWN * _ROWS
             if first < end:
-                row_M = first + gl.arange(0, _HALF, layout=gl.SliceLayout(1, _PRODUCT))
+                row_M = first + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _PRODUCT))
                 x_scale_ptrs_M = x_scales_ptr + gl.minimum(row_M, R - 1)
                 scale_ptr = scales_ptr + (expert.to(gl.int64) * columns + column) * BLOCKS
                 scale_M = gl.load(x_scale_ptrs_M) * gl.load(scale_ptr)
@@ -85,7 +95,7 @@ def _multiply(buffers, given, sizes, SCATTER: gl.constexpr, STAGES: gl.constexpr
                     next_scale = gl.load(scale_ptr + following)
                     stage = count % STAGES
                     mbarrier.wait(filled.index(stage), count // STAGES & 1)
-                    x = x_ring.index(stage).slice(HALF * _HALF, _HALF)
+                    x = x_ring.index(stage * _GROUPS + OWN)
                     w = w_ring.index(stage).permute((1, 0))
                     started = warpgroup_mma(x, w, zero_MJ, use_acc=False, is_async=True)
                     product_MJ = warpgroup_mma_wait(0, deps=(started,))
@@ -97,7 +107,7 @@ def _multiply(buffers, given, sizes, SCATTER: gl.constexpr, STAGES: gl.constexpr
                     own_M = row_M < end
                     pair_M = gl.load(pair_ptr + row_M, mask=own_M, other=0)
                     acc_MJ *= gl.load(factors_ptr + pair_M, mask=own_M, other=0.0)[:, None]
-                out_M = first + gl.arange(0, _HALF, layout=gl.SliceLayout(1, _RESULT))
+                out_M = first + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _RESULT))
                 own_M = out_M < end
                 if SCATTER:
                     out_M = gl.load(pair_ptr + out_M, mask=own_M, other=0)
@@ -118,13 +128,13 @@ def _grouped_hopper(
     out_ptr, U, R, E, N, BLOCKS, SCATTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as stay on the chip at a time."""
-    x_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, _TILE, _TILE], x_desc.layout)
+    x_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * _GROUPS, _ROWS, _TILE], x_desc.layout)
     w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, _TILE, _TILE], w_desc.layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
-        mbarrier.init(emptied.index(stage), count=2)
+        mbarrier.init(emptied.index(stage), count=_GROUPS)
     fence_async_shared()
     buffers = x_ring, w_ring, filled, emptied
     sizes = U, R, E, N, BLOCKS
@@ -133,10 +143,11 @@ def _grouped_hopper(
         [
             (_multiply, (buffers, given, sizes, SCATTER, STAGES, 0)),
             (_multiply, (buffers, given, sizes, SCATTER, STAGES, 1)),
-            (_copy_ahead, (buffers, x_desc, w_desc, expert_ptr, start_ptr, sizes, STAGES)),
+            (_multiply, (buffers, given, sizes, SCATTER, STAGES, 2)),
+            (_copy_ahead, (buffers, x_desc, w_desc, expert_ptr, start_ptr, rows_ptr, sizes, STAGES)),
         ],
-        [4, 1],
-        [232, 40],  # registers a thread
+        [4, 4, 1],
+        [160, 160, 40],  # registers a thread
     )
 
 
@@ -162,7 +173,7 @@ def launch(
     contiguous = all(part.is_contiguous() for part in (x.codes, x.scales.t(), codes_ENK, scales_ERC, out_RN))
     check(contiguous, "operands must be contiguous, scales of activations group by group", "grouped_hopper")
     _grouped_hopper[(processors,)](
-        TensorDescriptor.from_tensor(x.codes, [TILE, TILE], _LAYOUT),
+        TensorDescriptor.from_tensor(x.codes, [GROUP_ROWS, TILE], _LAYOUT),
         TensorDescriptor.from_tensor(codes_ENK.view(experts * outputs, inputs), [TILE, TILE], _LAYOUT),
         x.scales, x.scales.stride(1), factors_TP, *pairs, scales_ERC, out_RN, len(pairs[1]), len(x.codes), experts,
         outputs, inputs // TILE, SCATTER=factors_TP is not None, STAGES=STAGES, num_warps=4,

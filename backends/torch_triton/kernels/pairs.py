@@ -22,6 +22,7 @@ from .quant import Codes
 
 _PAIRS = 1024  # of a program
 _TILES = 128
+_STEP = tl.constexpr(64)  # sizes of tiles are whole numbers of it
 _ROWS = 4
 
 
@@ -71,13 +72,14 @@ def _tile(
     tl.store(next_ptr + expert, first)
     count = tl.sum(tl.where(e_E == expert, count_E, 0), 0)
     tiles = U - tile if expert == E else (count + BLOCK_M - 1) // BLOCK_M
+    size = tl.minimum(tl.cdiv(tl.cdiv(count, tl.maximum(tiles, 1)), _STEP) * _STEP, BLOCK_M)
     for begin in range(0, tiles, BLOCK):
         here_U = begin + u_U < tiles
         place_U = tile + begin + u_U
-        done_U = (begin + u_U) * BLOCK_M
+        done_U = (begin + u_U) * size
         tl.store(expert_ptr + place_U, tl.where(expert == E, -1, expert), mask=here_U)
         tl.store(start_ptr + place_U, first + done_U, mask=here_U)
-        tl.store(rows_ptr + place_U, tl.minimum(count - done_U, BLOCK_M), mask=here_U)
+        tl.store(rows_ptr + place_U, tl.minimum(count - done_U, size), mask=here_U)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -92,7 +94,7 @@ def _place(ids_ptr, next_ptr, pair_ptr, R, E, BLOCK: tl.constexpr, PDL: tl.const
 
 
 def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int) -> Sorted:
-    """Tiles of up to ``block_m`` pairs with the same expert, experts ascending."""
+    """Tiles of up to ``block_m`` pairs with the same expert, experts ascending; an expert's are about equally tall."""
     check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "sort_pairs")
     pairs, device = ids_TP.numel(), ids_TP.device
     chip = chip_of(device)
