@@ -139,7 +139,8 @@ def launch_quant(chip: chips.Chip) -> None:
                 residual = empty(tokens, channels)
                 quant.add_norm_quantise(branch, residual, empty(channels), 1e-6, form is None, form)
     if chip.fp8_units:
-        quant.quantise(empty(600, 4096), gated=True)
+        for tokens in (600, 6000):
+            quant.quantise(empty(tokens, 4096), gated=True)
     for channels in (2048, 18432):
         int8.quantise_rows(empty(600, 2 * channels), gated=True)
 

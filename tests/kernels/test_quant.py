@@ -45,6 +45,15 @@ def test_quantise_is_bit_equal_to_its_twin_and_to_the_definition(tokens, channel
         np.testing.assert_array_equal(got.scales.numpy(force=True), other_scales)
 
 
+def test_many_numbers_have_the_codes_of_few(monkeypatch):
+    x = poisoned(activations(3, 5000))
+    few = quant.quantise(x)
+    monkeypatch.setattr(quant, "MANY", x.numel())
+    many = quant.quantise(x)
+    np.testing.assert_array_equal(bits(many.codes), bits(few.codes))
+    assert torch.equal(many.scales, few.scales)
+
+
 @pytest.mark.parametrize("tokens, channels", [(1, 128), (3, 36), (2, 9000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_int8_rows_are_bit_equal_to_their_twin_and_to_the_definition(tokens, channels, dtype):

@@ -18,6 +18,7 @@ from .chips import Chip, check, chip_of, options
 GROUP = 128
 E4M3_MAX = 448.0
 _CARRIERS = {"fp8": torch.uint8, "int8": torch.int8}
+MANY = 1 << 23  # numbers: from there on programs cost their start, before that a row's latency
 FLOOR = 1e-4  # the least absmax of a group: zeros must not give 0 / 0
 
 
@@ -248,7 +249,7 @@ def quantise(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False) -> Co
     tokens, channels = x_TK.shape
     channels = channels // 2 if gated else channels
     out = empty_codes(tokens, channels, x_TK.device)
-    block = 1024
+    block = 1024 if tokens * channels < MANY else 2048
     _quantise[(tokens, triton.cdiv(channels, block))](
         x_TK, x_TK.stride(0), out.codes.view(torch.uint8), out.scales, tokens, channels, GATED=gated,
         UE8M0=ue8m0, FNUZ=chip.fnuz, INSTRUCTION=chip.encodes_fp8, BLOCK=block, PDL=chip.dependent_launch,
