@@ -208,7 +208,8 @@ def launch_around_attention(chip: chips.Chip) -> None:
 
 def launch_prompts(chip: chips.Chip) -> None:
     kv, rope, tiles = empty(5000, 128, 256), empty(5000, 576)[:, 512:], empty(8, 4, dtype=torch.int32)
-    prompt_attention.prompt_attention(empty(1000, 128, 192), kv, rope, tiles, empty(1000, 128, 128), 0.1)
+    for config in (None, prompt_attention.plain(chip)):
+        prompt_attention.prompt_attention(empty(1000, 128, 192), kv, rope, tiles, empty(1000, 128, 128), 0.1, config)
     sorted_pairs = pairs.sort_pairs(empty(600, 9, dtype=torch.int32), 257, 64)
     for weight in weights(chip, 257, 4096, 7168):
         for x in activations(chip, weight, 600, 7168):

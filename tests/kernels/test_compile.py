@@ -15,7 +15,7 @@ KERNELS = {
     "pairs._count", "pairs._tile", "pairs._place", "pairs._gather", "embed._embed", "decoded._decoded",
     "all_reduce._all_reduce",
 }  # fmt: skip
-HOPPER = {"grouped_hopper._grouped_hopper", "mla_hopper._mla_hopper"}
+HOPPER = {"grouped_hopper._grouped_hopper", "mla_hopper._mla_hopper", "prompt_hopper._prompt_hopper"}
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])

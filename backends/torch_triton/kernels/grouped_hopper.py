@@ -6,8 +6,6 @@ is the traffic between the L2 cache and the processors: hence tiles as tall as r
 that are not there. Programs stay and walk all tiles, so that copying goes on while results are written. Sums are those
 of `grouped`, bit for bit.
 
-Written in Gluon, Triton's language for what its compiler does not do alone; it compiles for sm_90 only.
-
 Shape letters as in `grouped`.
 """
 
@@ -25,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from . import hopper
 from .chips import Chip, check
 from .quant import Codes
 from .weights import Fp8Weight, Weight
@@ -152,11 +151,9 @@ def _grouped_hopper(
 
 
 def takes(weight: Weight, chip: Chip) -> bool:
-    """Whether this is the chip, and the weights are FP8 in whole blocks. Triton 3.9 names copies otherwise."""
+    """Whether this is the chip, and the weights are FP8 in whole blocks."""
     whole = not any(size % TILE for size in weight.codes.shape[-2:])
-    return (
-        chip.name == "sm_90" and isinstance(weight, Fp8Weight) and whole and hasattr(tma, "async_copy_global_to_shared")
-    )
+    return hopper.runs_tasks(chip) and isinstance(weight, Fp8Weight) and whole
 
 
 def launch(

@@ -9,8 +9,6 @@ catches up: one group multiplies while the other takes exponentials. A group's o
 the other group they travel through the shared memory of the tile's rope keys, which scores no longer need. A half is
 copied anew as soon as its one reader of values is done.
 
-Written in Gluon, Triton's language for what its compiler does not do alone; it compiles for sm_90 only.
-
 Shape letters as in `mla_decode`; N = 64 query rows of a tile, S = 64 cached tokens of a tile, J = 256 columns of C.
 Source: FlashMLA, docs/20250422-new-kernel-deep-dive.md (the order in which the groups take turns).
 """
@@ -30,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import pdl
+from . import hopper, pdl
 from .chips import Chip, options
 
 TILE = 64  # query rows, and cached tokens
@@ -48,7 +46,6 @@ _ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 _SCORE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16]))
 _RESULT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT // 2, 16]))
 _WEIGHT = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT // 2, 16]), 2))
-_WIPE = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -104,22 +101,6 @@ def _copy_ahead(
 
 
 @gluon.jit
-def _unknown_zero():
-    """0, but not to the compiler: addresses that it is added to are made anew for each tile, or they would spill."""
-    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _wipe(k_SJ, tokens):
-    """Zeros in the rows from ``tokens`` on, which may hold anything, even NaN."""
-    for start in gl.static_range(0, _TILE, 8):
-        some = k_SJ.slice(start, 8)
-        s_S = start + gl.arange(0, 8, layout=gl.SliceLayout(1, _WIPE))
-        held = some.load(_WIPE)
-        some.store(gl.where((s_S < tokens)[:, None], held, gl.zeros_like(held)))
-
-
-@gluon.jit
 def _finish(
     buffers, barriers, out_ptr, lse_ptr, H, Q, acc_NJ, most_N, sum_N, phase, PARTS: gl.constexpr, OWN: gl.constexpr
 ):
@@ -172,7 +153,7 @@ def _attend(buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, P
         own = first + OWN * _TILE
         score_NS = gl.full([_TILE, _TILE], float("-inf"), gl.float32, layout=_SCORE)
         if own < end:
-            zero = _unknown_zero()
+            zero = hopper.unknown_zero()
             near, far = k.index(NEAR + zero), k.index(FAR + zero)
             mbarrier.wait(filled.index(NEAR), phase)
             started = warpgroup_mma(q.index(OWN + zero), near.permute((1, 0)), zero_NS, use_acc=False, is_async=True)
@@ -182,8 +163,8 @@ def _attend(buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, P
             started = warpgroup_mma(q_rope.index(zero), rope, started, is_async=True)
             score_NS = warpgroup_mma_wait(0, deps=(started,)) * scale_log2
             if own + _TILE > end:
-                _wipe(near, end - own)
-                _wipe(far, end - own)
+                hopper.wipe(near, end - own, _TILE)
+                hopper.wipe(far, end - own, _TILE)
                 fence_async_shared()
             score_NS = gl.where((own + s_S)[None, :] < visible_N[:, None], score_NS, float("-inf"))
         own_most_N = gl.max(score_NS, 1)
@@ -283,13 +264,10 @@ def _mla_hopper(
 
 
 def takes(q_THX: torch.Tensor, cache: torch.Tensor, latent: int, chip: Chip) -> bool:
-    """Whether this is the chip, and these are DeepSeek's sizes, in BF16, without gaps: the tiles that copies can take.
-
-    Triton 3.9 names copies otherwise.
-    """
+    """Whether this is the chip, and these are DeepSeek's sizes, in BF16, without gaps, as copies can take them."""
     fits = latent == LATENT and q_THX.shape[2] == LATENT + ROPE and cache.shape[1] % TILE == 0
     whole = cache.dtype == torch.bfloat16 and cache.is_contiguous() and q_THX.is_contiguous()
-    return chip.name == "sm_90" and fits and whole and hasattr(tma, "async_copy_global_to_shared")
+    return hopper.runs_tasks(chip) and fits and whole
 
 
 def launch(

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import pdl
+from . import pdl, prompt_hopper
 from .chips import Chip, check, chip_of, options
 
 LOG2_E = 1.4426950408889634
@@ -113,9 +113,20 @@ class Config(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    has_tasks: bool = False  # the kernel of `prompt_hopper`
 
 
-def choose(chip: Chip) -> Config:
+HOPPER = Config(prompt_hopper.KEYS, 8, prompt_hopper.STAGES, has_tasks=True)
+HOPPER_WORK = 1024  # tiles times heads: with less to do its launch, which takes the host longer, is not worth it
+
+
+def choose(q_THX: torch.Tensor, kv_SHY: torch.Tensor, rope_SR: torch.Tensor, tiles: int, chip: Chip) -> Config:
+    if tiles * q_THX.shape[1] >= HOPPER_WORK and prompt_hopper.takes(q_THX, kv_SHY, rope_SR, chip):
+        return HOPPER
+    return plain(chip)
+
+
+def plain(chip: Chip) -> Config:
     if chip.shared_memory < 160 << 10:
         return Config(32, 8, 1)
     return Config(64, 8, 3 if chip.shared_memory >= 200 << 10 else 2)
@@ -133,7 +144,8 @@ def prompt_attention(
     """Write into ``out_THV`` the results of the queries that tiles name.
 
     ``q_THX`` BF16 [T, H, N + R], rotated; ``kv_SHY`` BF16 [S, H, N + V], keys without their rotated part and values;
-    ``rope_SR`` BF16, rotated keys; ``tiles_U`` int32 [U, 4], rows of `Tile`; ``out_THV`` BF16, contiguous.
+    ``rope_SR`` BF16, rotated keys; ``tiles_U`` int32 [U, 4], rows of `Tile`, those with the most keys first;
+    ``out_THV`` BF16, contiguous.
     """
     name = "prompt_attention"
     heads, width = q_THX.shape[1:]
@@ -147,7 +159,10 @@ def prompt_attention(
     check(bf16 and tiles_U.dtype == torch.int32, "queries, keys and values must be BF16, tiles int32", name)
     check(out_THV.shape[:2] == q_THX.shape[:2], f"room for {tuple(out_THV.shape)}", name)
     chip = chip_of(q_THX.device)
-    config = config or choose(chip)
+    config = config or choose(q_THX, kv_SHY, rope_SR, len(tiles_U), chip)
+    if config.has_tasks:
+        prompt_hopper.launch(q_THX, kv_SHY, rope_SR, tiles_U, out_THV, scale * LOG2_E, chip)
+        return
     blocks = [max(16, triton.next_power_of_2(size)) for size in (nope, rope, value)]
     _prompt_attention[(len(tiles_U), heads)](
         q_THX, *q_THX.stride()[:2], kv_SHY, *kv_SHY.stride()[:2], rope_SR, rope_SR.stride(0), tiles_U, out_THV,
