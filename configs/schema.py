@@ -134,11 +134,13 @@ def load_run(
             note(f"{run}: no meaning here: {', '.join(unused)}")
     else:
         raise InputError("no such run", run, "give a run YAML or a checkpoint directory")
+    given = {}  # key -> where on the command line its value stands
     for override in overrides:
-        _apply_override(values, override)
+        given[_apply_override(values, override)] = f"--set {override}"
     for key, value in (flags or {}).items():
         _set(values, key, value)
-    return _validate(values, run)
+        given[key] = "command line"
+    return _validate(values, run, given)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -156,16 +158,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """``engine.max_batch=8``: the value is read as YAML, so numbers, booleans, null and lists work."""
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """The key of ``engine.max_batch=8``; the value is read as YAML, so numbers, booleans, null and lists work."""
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise InputError(f"cannot read {override!r}", "--set", "write it as key.path=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"cannot read the value {text!r}", f"--set {override}", "quote it as YAML") from None
     _set(values, key, value)
+    return key
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -178,17 +181,21 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     section[leaf] = value
 
 
-def _validate(values: Mapping[str, Any], where: str) -> RunConfig:
+def _validate(values: Mapping[str, Any], run: str, given: Mapping[str, str]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "model"
+        key = ".".join(str(part) for part in first["loc"])
+        where = given.get(key, run)
         if first["type"] == "extra_forbidden":
             raise InputError(f"unknown key {key!r}", where, nearest(key, _all_keys(RunConfig))) from None
         if first["type"] == "missing":
             raise InputError(f"missing key {key!r}", where, "add it") from None
-        raise InputError(f"{key} is {first['input']!r}", where, first["msg"]) from None
+        if first["type"] == "value_error":
+            raise InputError(str(first["ctx"]["error"]), where, f"correct the section {key}") from None
+        todo = "give a section of keys" if first["type"] == "model_type" else first["msg"]
+        raise InputError(f"{key} is {first['input']!r}", where, todo) from None
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import InputError
 
+_LISTED = 20  # names in a message
 FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 SCORING = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
@@ -186,10 +187,13 @@ def _fail(field: str, value: object, wanted: str) -> None:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """``did you mean X?`` for a misspelt key, or the list of known keys when nothing is close."""
+    """``did you mean X?`` for a misspelt name, or what there is to choose from when nothing is close."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]}?"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"choose from {', '.join(known[:_LISTED])}{more}"
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:

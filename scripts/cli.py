@@ -73,7 +73,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--debug", action="store_true", help="show a traceback with an error")
             command.set_defaults(run=module.run)
     own, workers = _split(arguments)
-    options = parser.parse_args(own, argparse.Namespace(workers=workers))
+    options, unknown = parser.parse_known_args(own, argparse.Namespace(workers=workers))
+    if unknown:
+        subparsers.choices.get(options.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.version:
         from importlib.metadata import version
 
@@ -98,6 +100,10 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, DeepspanError):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        todo = "check the path, its permissions and the space that is left"
+        print(f"error: {error.strerror}: {error.filename}: {todo}", file=sys.stderr)
+        return 1
     what = " ".join(str(error).split())
     print(f"error: {type(error).__name__}: {what}: run it again with --debug to see where", file=sys.stderr)
     return 1

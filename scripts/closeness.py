@@ -5,6 +5,7 @@ Shape letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +39,22 @@ def measure(a_TV: FloatArray, b_TV: FloatArray) -> Closeness:
         todo = "compare the same text and vocabulary"
         raise InputError(f"shapes {list(a_TV.shape)} and {list(b_TV.shape)}", "logits", todo)
     difference_TV = a_TV.astype(np.float64) - b_TV
-    norm = float(np.linalg.norm(difference_TV))
     kl_T = _divergences(a_TV, b_TV)
     return Closeness(
         tokens=len(a_TV),
-        relative_norm=norm / float(np.linalg.norm(a_TV.astype(np.float64))) if norm else 0.0,
+        relative_norm=_ratio(float(np.linalg.norm(difference_TV)), float(np.linalg.norm(a_TV.astype(np.float64)))),
         max_difference=float(np.abs(difference_TV).max()),
         top1_agreement=float(np.mean(a_TV.argmax(axis=1) == b_TV.argmax(axis=1))),
         mean_kl=float(kl_T.mean()),
         max_kl=float(kl_T.max()),
     )
+
+
+def _ratio(difference: float, norm: float) -> float:
+    """Infinite, or NaN, where A is all zeros and B is not."""
+    if norm:
+        return difference / norm
+    return difference * math.inf if difference else 0.0
 
 
 def _divergences(a_TV: FloatArray, b_TV: FloatArray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from ..models.sharding import Grid
 from .worker import LOG_NAME, LOGS, PROCESS_LINE, RESULTS
 
 _WORKER = ("-m", "deepspan.scripts.worker")
+_ERROR = "error: "
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10  # for a launcher to end the other workers itself
 _FAILED = re.compile(r"Worker process (\d+) exit with exception|exitcode: -?\d+\).*?\(pid: (\d+)\)")
@@ -110,18 +112,37 @@ def run_node(node: Node, arguments: Sequence[str]) -> None:
     Raises DeepspanError that names the first rank that failed, when all others are ended too.
     """
     folder = Path(node.launch.log_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"launch.log_dir = {folder}"
+        raise InputError(f"no folder for logs: {error.strerror}", where, "name another one") from None
+    if node.node_rank == 0:
+        _check_port(node.launch.master_port)
     with tempfile.NamedTemporaryFile(prefix="deepspan-results-") as results, (folder / "launcher.log").open("w") as log:
         environment = {**os.environ, **node.environment(), RESULTS: results.name}
         node.first_log.unlink(missing_ok=True)
         job = _start(node.command(arguments), environment, log)
-        streams = [_Follower(Path(results.name), sys.stdout), _Follower(node.first_log, sys.stderr, _FRAMEWORK_LINE)]
+        messages = _Follower(node.first_log, sys.stderr, _FRAMEWORK_LINE)
+        streams = [_Follower(Path(results.name), sys.stdout), messages]
         try:
             code = _follow(job, streams, folder / "launcher.log")
         finally:
             _end(job)
     if code:
-        raise _failure(folder)
+        raise _failure(folder, messages.withheld)
+    messages.release()
+
+
+def _check_port(port: int) -> None:
+    """The first node listens here; launchers say so in pages of their own, after a while."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            where = f"launch.master_port = {port}"
+            raise InputError(f"cannot listen: {error.strerror}", where, "set a port that is free") from None
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], log: IO[str]) -> subprocess.Popen[bytes]:
@@ -133,13 +154,17 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: IO[str])
 
 
 class _Follower:
-    """Copies whole lines of a growing file, from its beginning, but those that match ``hidden``."""
+    """Copies whole lines of a growing file, from its beginning, but those that match ``hidden``.
+
+    Of messages, an error at the end is ``withheld``: when the job failed, the launcher's one line says what it says.
+    """
 
     def __init__(self, file: Path, target: IO[str], hidden: re.Pattern[str] | None = None):
         self._file = file
         self._target = target
         self._hidden = hidden
         self._done = 0
+        self.withheld = ""
 
     def copy(self, rest: bool = False) -> None:
         if not self._file.exists():
@@ -153,8 +178,17 @@ class _Follower:
         self._done += len(complete)
         for line in complete.decode("utf-8", "replace").splitlines(keepends=True):
             if self._hidden is None or not self._hidden.match(line):
-                self._target.write(line)
+                self.release()
+                if self._hidden is not None and line.startswith(_ERROR):
+                    self.withheld = line
+                else:
+                    self._target.write(line)
         self._target.flush()
+
+    def release(self) -> None:
+        """Write what was withheld."""
+        self._target.write(self.withheld)
+        self.withheld = ""
 
 
 def _whole_characters(content: bytes) -> bytes:
@@ -198,8 +232,11 @@ def _end(job: subprocess.Popen[bytes]) -> None:
         job.wait()
 
 
-def _failure(folder: Path) -> DeepspanError:
-    """The error of the rank that failed first, in its own words when it left some."""
+def _failure(folder: Path, withheld: str) -> DeepspanError:
+    """The error of the rank that failed first, in its own words when it left some.
+
+    ``withheld`` are the words of this node's first rank, for a launcher that does not tell which one failed.
+    """
     report = folder / "launcher.log"
     text = report.read_text(encoding="utf-8", errors="replace")
     found = _FAILED.search(text)
@@ -208,6 +245,6 @@ def _failure(folder: Path) -> DeepspanError:
         content = log.read_text(encoding="utf-8", errors="replace")
         rank = next((rank for rank, process in _PROCESS.findall(content) if process == pid), None)
         if rank is not None:
-            said = [line.removeprefix("error: ") for line in content.splitlines() if line.startswith("error: ")]
+            said = [line.removeprefix(_ERROR) for line in content.splitlines() if line.startswith(_ERROR)]
             return DeepspanError(f"rank {rank} failed", str(log), said[-1] if said else "it was ended from outside")
-    return DeepspanError("the launcher failed", str(report), "read its last lines")
+    return DeepspanError("the launcher failed", str(report), withheld.removeprefix(_ERROR) or "read its last lines")

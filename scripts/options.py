@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..configs.schema import RunConfig
@@ -15,6 +16,13 @@ _SAMPLING = {
     "top_k": (int, "K", "sample among the K likeliest tokens; 0 is all"),
     "seed": (int, "S", "the same seed gives the same text"),
 }
+
+
+def path(text: str) -> Path:
+    """An argument that names a file or a directory: an empty one, such as that of an unset variable, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

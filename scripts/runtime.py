@@ -48,7 +48,7 @@ def read_run(run: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] |
 
     ``overrides`` and ``flags`` are `load_run`'s.
     """
-    if not Path(run).exists():
+    if not run or not Path(run).exists():
         if run not in shipped_runs():
             todo = "give a run YAML, a checkpoint directory, or a shipped run"
             raise InputError("no such run", run, f"{todo} ({', '.join(shipped_runs())})")

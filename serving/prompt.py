@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..models.errors import InputError
@@ -128,6 +128,9 @@ class Tokenizer:
                 eos_token=self.eos_token or "",
                 add_generation_prompt=True,
             )
+        except TemplateSyntaxError as error:
+            where = str(Path(self._where).with_name("tokenizer_config.json or chat_template.jinja"))
+            raise InputError(f"chat template: {error}", where, "use the file of the original checkpoint") from None
         except Exception as error:  # a template is foreign code and can fail in any way
             raise InputError(
                 f"chat template: {error}", self._where, "check the roles and contents of the messages"
@@ -226,6 +229,8 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError("not UTF-8 text", str(path), "copy the file again") from None
+    except OSError as error:
+        raise InputError("cannot read", str(path), error.strerror or str(error)) from None
 
 
 def _find_template(config: Mapping[str, Any], directory: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     closeness = measure(a.logits, b.logits)
     within = closeness.within(options.rtol)
     if options.json:
-        print(json.dumps({**dataclasses.asdict(closeness), "rtol": options.rtol, "within": within}))
+        numbers = {name: _json_number(value) for name, value in dataclasses.asdict(closeness).items()}
+        print(json.dumps({**numbers, "rtol": options.rtol, "within": within}))
         return 0 if within else 1
     print(f"tokens           {closeness.tokens}")
     print(f"relative norm    {closeness.relative_norm:.3g} ({'within' if within else 'above'} {options.rtol:g})")
@@ -46,3 +48,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"top-1 agreement  {closeness.top1_agreement:.2%}")
     print(f"KL divergence    {closeness.mean_kl:.3g} nats a token, at most {closeness.max_kl:.3g}")
     return 0 if within else 1
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None

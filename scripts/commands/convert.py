@@ -18,6 +18,7 @@ from ...convert.manifest import begin_record
 from ...convert.plan import Plan
 from ...models.errors import InputError
 from ...models.spec import nearest
+from ..options import path
 from ..progress import Progress
 from ..runtime import note
 
@@ -58,8 +59,8 @@ _CHOICES: dict[str, tuple[str, dict[str, object]]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "; ".join(f"{name}: {kind.summary}" for name, kind in KINDS.items())
     parser.add_argument("kind", metavar="KIND", help=kinds)
-    parser.add_argument("source", metavar="SRC", type=Path, help="the checkpoint's directory")
-    parser.add_argument("destination", metavar="DST", type=Path, help="a new directory, or one to resume")
+    parser.add_argument("source", metavar="SRC", type=path, help="the checkpoint's directory")
+    parser.add_argument("destination", metavar="DST", type=path, help="a new directory, or one to resume")
     for field, (flag, settings) in _CHOICES.items():
         parser.add_argument(flag, dest=field, **settings)  # type: ignore[arg-type]
     parser.add_argument("--workers", metavar="N", type=int, help="threads (default: the cores and two more)")

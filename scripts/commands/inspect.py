@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     path = Path(options.path)
     if not path.exists():
+        if os.sep in options.path:
+            todo = "give the directory that holds the checkpoint, or a model's name, such as deepseek_v3"
+            raise InputError("no such directory", options.path, todo)
         report = {"model": options.path, **_described(load_spec(options.path))}
         print(json.dumps(report) if options.json else "\n".join(_spec_lines(report)))
         return 0

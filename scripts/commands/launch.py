@@ -7,10 +7,13 @@ import shlex
 
 from ...models.errors import InputError
 from ...models.sharding import check_divides
+from ..cli import parse
 from ..launching import Node, check_ranks, run_node
 from ..options import add_run
 from ..runtime import read_run
 from .plan import planned_spec
+
+_COMMANDS = ("generate", "chat", "logits", "eval", "bench")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,11 @@ def run(options: argparse.Namespace) -> int:
     node = Node(launch, options.node_rank or 0)
     if not options.workers:
         raise InputError("no command for the workers", "deepspan launch", "add one, such as: -- generate --prompt T")
+    if options.workers[0] not in _COMMANDS:
+        todo = f"choose from {', '.join(_COMMANDS)}"
+        raise InputError(f"{options.workers[0]} is no command for several processes", "deepspan launch", todo)
     arguments = _with_run(options.workers, options.run_name, options.overrides)
+    parse(arguments)  # what no worker would understand is said before any starts
     if options.dry_run:
         settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(launch.env.items())]
         print(" ".join([*settings, shlex.join(node.command(arguments))]))

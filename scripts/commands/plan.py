@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    bandwidth = options.bandwidth
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise InputError(f"bandwidth is {bandwidth}", "--bandwidth", "give the GB/s of a device, above 0")
+    if bandwidth is not None and options.decode is None:
+        raise InputError("--bandwidth does not go without --decode", "--bandwidth", "give --decode too")
     config = read_run(options.run_name, options.overrides)
     spec = planned_spec(config)
     deployment = Deployment.of(config, spec)
@@ -42,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
             spec, deployment.grid, deployment.precision, config.engine.max_batch_tokens, config.engine.max_batch
         )
     )
-    steps = [_decode_step(part, spec, deployment, options.bandwidth) for part in _parts(options.decode)]
+    steps = [_decode_step(part, spec, deployment, bandwidth) for part in _parts(options.decode)]
     if options.json:
         print(json.dumps({**_as_json(deployment, stages), **({"decode": steps} if steps else {})}))
     else:
@@ -161,9 +167,11 @@ def _as_json(deployment: Deployment, stages: list[StagePlan]) -> dict[str, Any]:
 def _print(deployment: Deployment, stages: list[StagePlan]) -> None:
     degrees = ", ".join(f"{key} {value}" for key, value in vars(deployment.grid).items() if value > 1)
     weights, cache = deployment.precision.weights.dtype, deployment.precision.cache
-    print(f"{deployment.grid.world_size} ranks ({degrees or 'one process'}), {weights}, cache {cache}")
+    ranks = deployment.grid.world_size
+    print(f"{ranks} rank{'s' if ranks > 1 else ''} ({degrees or 'one process'}), {weights}, cache {cache}")
     for stage in stages:
-        print(f"\neach of ranks {_span(stage.ranks)}: layers {_span(stage.layers)}")
+        who = f"each of ranks {_span(stage.ranks)}" if len(stage.ranks) > 1 else f"rank {stage.ranks.start}"
+        print(f"\n{who}: layers {_span(stage.layers)}")
         for group, size in sorted(stage.weight_bytes.items(), key=lambda item: -item[1]):
             print(f"  {group:<12} {size / GIB:9.3f} GiB")
         print(f"  {'activations':<12} {stage.activation_bytes / GIB:9.3f} GiB, estimated")

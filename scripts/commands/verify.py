@@ -16,6 +16,7 @@ from ...convert.verify.against import Comparison, Difference, compare
 from ...convert.verify.directory import Options, Verdict, verify
 from ...convert.verify.views import View, open_view
 from ...models.errors import DeepspanError, InputError
+from ..options import path
 from ..progress import Progress
 
 _LISTED = 50
@@ -25,9 +26,9 @@ _COMPARING = {"rtol": "--rtol", "drop_mtp": "--drop-mtp"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Exit code 0 when everything is as it should be, 1 when something is damaged or differs."
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a checkpoint in any layout")
+    parser.add_argument("directory", metavar="DIR", type=path, help="a checkpoint in any layout")
     parser.add_argument(
-        "--against", metavar="DIR", type=Path, help="a second one, in any layout, to compare values with"
+        "--against", metavar="DIR", type=path, help="a second one, in any layout, to compare values with"
     )
     parser.add_argument(
         "--rtol", metavar="R", type=float, help="with --against: the relative error that is no difference"
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-mtp", action="store_true", default=None, help="with --against: leave the MTP layers out"
     )
-    parser.add_argument("--source", metavar="DIR", type=Path, help="where the conversion's source is now")
+    parser.add_argument("--source", metavar="DIR", type=path, help="where the conversion's source is now")
     parser.add_argument("--samples", metavar="N", type=int, help="tensors to make again from the source (default 64)")
     parser.add_argument("--seed", metavar="S", type=int, help="which ones these are (default 0)")
     parser.add_argument("--config", metavar="FILE", help="config.json, or name, of the model of a DIR that has none")

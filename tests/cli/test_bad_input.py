@@ -9,6 +9,7 @@ import pytest
 
 from deepspan import backends
 from tests.cli import shards
+from tests.cli.conftest import DEMO
 
 WEIGHT = "model.layers.1.mlp.experts.2.gate_proj.weight"
 SHARD = "model-00002-of-00003.safetensors"
@@ -75,6 +76,10 @@ CHECKPOINTS = {
     "other sizes than the weights": (configure(hidden_size=256), ["not ["]),
     "no tokenizer": (unlink("tokenizer.json"), ["no tokenizer", "model.tokenizer"]),
     "tokenizer of another model": (grow_tokenizer, ["tokenizer of 1030 tokens for a model of 1024"]),
+    "broken chat template": (
+        lambda c: (c / "tokenizer_config.json").write_text('{"chat_template": "{% for x in"}'),
+        ["chat template: unexpected", "tokenizer_config.json or chat_template.jinja", "original checkpoint"],
+    ),
     "broken tokenizer": (lambda c: (c / "tokenizer.json").write_text("{}"), ["not a tokenizer.json"]),
 }
 
@@ -95,7 +100,11 @@ RUNS = {
     "wrong type": ("model: {spec: demo}\nengine: {max_batch: many}\n", ["engine.max_batch is 'many'"]),
     "out of range": ("model: {spec: demo}\nengine: {max_batch: 0}\n", ["engine.max_batch is 0"]),
     "no model": ("backend: reference\n", ["missing key 'model'"]),
-    "weights without a path": ("model: {spec: deepseek_v3}\n", ["needs model.path"]),
+    "weights without a path": (
+        "model: {spec: deepseek_v3}\n",
+        ["error: weights: checkpoint needs model.path", "correct the section model"],
+    ),
+    "section that is none": ("model: {spec: demo}\nengine: []\n", ["engine is []", "give a section of keys"]),
     "unknown spec": (
         "model: {spec: deepseek_v5, weights: random}\nbackend: reference\n",
         ["unknown model 'deepseek_v5'"],
@@ -121,9 +130,12 @@ COMMAND_LINES = {
     "unknown run": (("generate", "nowhere", "--prompt", "x"), ["no such run: nowhere", "demo_reference"]),
     "unknown --set key": (("--set", "engine.max_bath=1"), ["unknown key 'engine.max_bath'", "engine.max_batch"]),
     "--set without value": (("--set", "engine.max_batch"), ["write it as key.path=value"]),
+    "--set without the end of a key": (("--set", "engine.=1"), ["write it as key.path=value"]),
+    "wrong value in --set": (("--set", "engine.max_batch=0"), ["engine.max_batch is 0: --set engine.max_batch=0: "]),
+    "no run": (("generate", "", "--prompt", "x"), ["no such run"]),
     "--set below a value": (("--set", "backend.name=1"), ["backend is not a section"]),
     "--set of no YAML": (("--set", "sampling.stop=["), ["cannot read the value '['"]),
-    "negative temperature": (("--temperature", "-1"), ["sampling.temperature is -1.0"]),
+    "negative temperature": (("--temperature", "-1"), ["sampling.temperature is -1.0: command line: "]),
     "temperature that is no number": (("--temperature", "nan"), ["sampling.temperature is nan"]),
     "top_p above 1": (("--top-p", "2"), ["sampling.top_p is 2.0"]),
     "negative top_k": (("--top-k", "-1"), ["sampling.top_k is -1"]),
@@ -228,7 +240,7 @@ def test_a_cache_that_does_not_fit_says_by_how_much(deepspan, monkeypatch):
     refuse(result, "not enough memory: 25.0 GiB needed, 0.2 GiB free", "24.8 GiB are missing", "engine.max_batch")
 
 
-@pytest.mark.parametrize("option", ["--output", "--batch", "--prefill", "--steps", "--rtol"])
+@pytest.mark.parametrize("option", ["--output", "--batch", "--prefill", "--steps", "--rtol", "--bandwidth", "DST"])
 def test_other_commands_refuse_bad_numbers_and_places(deepspan, tmp_path, option):
     arguments, parts = {
         "--output": (
@@ -238,6 +250,8 @@ def test_other_commands_refuse_bad_numbers_and_places(deepspan, tmp_path, option
         "--batch": (("bench", "demo_reference", "--batch", "1,0"), ["'0' is not a count", "--batch"]),
         "--prefill": (("bench", "demo_reference", "--prefill", "8"), ["is not a count", "--prefill 8"]),
         "--steps": (("bench", "demo_reference", "--steps", "-3"), ["-3 is not a count"]),
+        "--bandwidth": (("plan", "demo_reference", "--decode", "1x9", "--bandwidth", "0"), ["bandwidth is 0.0"]),
+        "DST": (("convert", "fp8-to-bf16", DEMO, ""), ["argument DST: the name is empty", "deepspan convert --help"]),
         "--rtol": (("compare", "a.npz", "b.npz", "--rtol", "nan"), ["rtol is nan"]),
     }[option]
     refuse(deepspan(*arguments), *parts)

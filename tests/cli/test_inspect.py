@@ -50,6 +50,12 @@ def test_other_names_are_refused(deepspan, name):
     assert result.err.count("\n") == 1
 
 
+def test_a_path_to_nowhere_is_no_model_s_name(deepspan, tmp_path):
+    result = deepspan("inspect", tmp_path / "DeepSeek-V3")
+    assert (result.code, result.out) == (2, "")
+    assert f"no such directory: {tmp_path / 'DeepSeek-V3'}: " in result.err
+
+
 def test_the_embedded_checkpoint_is_complete(deepspan):
     result, report = inspect(deepspan, DEMO)
     assert (result.code, result.err) == (0, "")

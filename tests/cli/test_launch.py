@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from deepspan.configs.schema import Launch
 from deepspan.models.errors import DeepspanError, InputError
 from deepspan.scripts.cli import main
 from deepspan.scripts.launching import Node, run_node
+from tests.launches import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
@@ -73,13 +75,38 @@ def test_torchrun(run_file, capsys):
     ],
 )
 def test_wrong_use(run_file, capsys, launcher, flags, message):
-    assert main(["launch", run_file(launcher), *flags, "--dry-run", "--", "doctor"]) == 2
+    assert main(["launch", run_file(launcher), *flags, "--dry-run", "--", "generate"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_workers_need_a_command(run_file, capsys):
     assert main(["launch", run_file("torchrun"), "--node-rank=0"]) == 2
     assert "no command for the workers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["doctor"], "doctor is no command for several processes: deepspan launch: choose from generate, "),
+        (["generate", "--promt", "x"], "unrecognized arguments: --promt x: deepspan generate: "),
+    ],
+)
+def test_workers_are_not_started_with_a_command_that_none_understands(run_file, capsys, command, message):
+    assert main(["launch", run_file("torchrun"), "--node-rank=0", "--", *command]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_and_a_log_folder_that_is_none_are_found_first(tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launch = Launch(launcher="torchrun", log_dir=str(tmp_path / "log"), master_port=port)
+        with pytest.raises(InputError, match=f"cannot listen: Address already in use: launch.master_port = {port}"):
+            run_node(Node(launch, 0), ["generate"])
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="no folder for logs: File exists: launch.log_dir = "):
+        run_node(Node(launch.model_copy(update={"log_dir": str(tmp_path / "file")}), 0), ["generate"])
 
 
 def test_a_missing_launcher_names_what_to_install(tmp_path, monkeypatch):
@@ -98,7 +125,9 @@ def fake_launcher(tmp_path, monkeypatch):
         script.write_text(f"#!/bin/sh\n{lines}\n")
         script.chmod(0o755)
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-        return Node(Launch(launcher="torchrun", log_dir=str(tmp_path / "log"), env={"PATH": path}), 0)
+        return Node(
+            Launch(launcher="torchrun", log_dir=str(tmp_path / "log"), master_port=free_port(), env={"PATH": path}), 0
+        )
 
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     return install

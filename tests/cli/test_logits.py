@@ -122,6 +122,15 @@ def test_logits_that_are_not_numbers_are_never_close(deepspan, tmp_path):
     a = save(tmp_path / "a.npz", [[1.0, 0.0]])
     b = save(tmp_path / "b.npz", [[float("nan"), 0.0]])
     assert deepspan("compare", a, b, "--rtol", 100).code == 1
+    assert json.loads(deepspan("compare", a, b, "--json").out)["relative_norm"] is None, "JSON has no NaN"
+
+
+def test_nothing_but_zeros_is_close_to_zeros(deepspan, tmp_path):
+    zeros = save(tmp_path / "zeros.npz", [[0.0, 0.0]])
+    ones = save(tmp_path / "ones.npz", [[1.0, 1.0]])
+    assert "relative norm    0 (within" in deepspan("compare", zeros, zeros).out
+    result = deepspan("compare", zeros, ones, "--rtol", 100)
+    assert result.code == 1 and "relative norm    inf (above 100)" in result.out
 
 
 @pytest.mark.parametrize(

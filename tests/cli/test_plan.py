@@ -74,7 +74,14 @@ def test_an_fp8_cache_holds_more_tokens(deepspan):
 def test_without_a_memory_size_it_says_what_to_set(deepspan):
     result = deepspan("plan", "demo_reference")
     assert result.code == 0
-    assert "one process" in result.out and "engine.device_memory_gib" in result.out
+    assert "1 rank (one process)" in result.out and "rank 0: layers 0 to 3" in result.out
+    assert "engine.device_memory_gib" in result.out
+
+
+def test_a_directory_without_a_config_cannot_be_planned(deepspan, tmp_path):
+    result = deepspan("plan", tmp_path)
+    assert result.code == 2
+    assert result.err == f"error: cannot read: {tmp_path / 'config.json'}: No such file or directory\n"
 
 
 def test_decode_steps_are_estimated(deepspan):
@@ -84,4 +91,5 @@ def test_decode_steps_are_estimated(deepspan):
     cache = 31 * 4096 * 61 * 1152  # two replicas share 64 sequences
     assert many["bytes_of_a_rank"][0] > one["bytes_of_a_rank"][0] + cache
     assert deepspan("plan", "h800_2x8_fp8", "--decode", "64").code == 2
+    assert "give --decode too" in deepspan("plan", "h800_2x8_fp8", "--bandwidth", "2000").err
     assert "memory were all" not in deepspan("plan", "h800_2x8_fp8", "--decode", "1x10").out

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,9 +45,10 @@ def test_version(deepspan):
     ("arguments", "message"),
     [
         ((), "no command"),
+        (("--versoin",), "unrecognized arguments: --versoin: deepspan: "),
         (("generat",), "invalid choice: 'generat'"),
         (("generate",), "RUN"),
-        (("generate", "demo_reference", "--promt", "x"), "unrecognized arguments: --promt"),
+        (("generate", "demo_reference", "--promt", "x"), "unrecognized arguments: --promt x: deepspan generate: "),
         (("generate", "demo_reference", "--prompt", "x", "--top-k", "many"), "--top-k: invalid int value: 'many'"),
         (("logits", "demo_reference", "--prompt-ids", "1"), "--output"),
         (("logits", "demo_reference", "--output", "x.npz"), "--prompt-ids"),
@@ -74,6 +76,16 @@ def test_a_fault_of_ours_is_one_line_and_exit_1(deepspan, monkeypatch):
     result = deepspan("doctor")
     assert result.code == 1
     assert result.err == "error: RuntimeError: two lines: run it again with --debug to see where\n"
+
+
+def test_a_file_that_cannot_be_used_is_named(deepspan, monkeypatch):
+    def fail(options):
+        Path("/nowhere/file").read_bytes()
+
+    monkeypatch.setattr("deepspan.scripts.commands.doctor.run", fail)
+    result = deepspan("doctor")
+    assert result.code == 1
+    assert result.err.startswith("error: No such file or directory: /nowhere/file: check the path")
 
 
 def command(*arguments, cwd, **options):
