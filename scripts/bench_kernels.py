@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", default=",".join(GROUPS), help="comma-separated; default: all")
     parser.add_argument("--sweep", action="store_true", help="time other configurations too")
     parser.add_argument("--check", action="store_true", help="compare with the eager twins")
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead, each with data of its own")
     parser.add_argument("--output", type=Path, help="write all rows as one JSON array")
     parser.add_argument("--share", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -128,7 +128,7 @@ def main() -> None:
     rows: list[dict[str, object]] = [{"kernel": "copy", "tb_per_s": round(bandwidth / 1e12, 3)}]
     for group in options.groups.split(","):
         for case in GROUPS[group](setting):
-            rows.append(measure(case, bandwidth, options.check))
+            rows.append({"group": group, **measure(case, bandwidth, options.check)})
             print(json.dumps(rows[-1]), flush=True)
     if options.output:
         options.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
