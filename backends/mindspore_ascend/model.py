@@ -53,7 +53,7 @@ class Block(nn.Cell):
             normed_TD, x_TD = self.add_norm(new_TD, x_TD, self.attention_norm)
         new_TD = self.attention(normed_TD, turn, slots_T, view, prefill)
         normed_TD, x_TD = self.add_norm(new_TD, x_TD, self.ffn_norm)
-        new_TD = self.feed_forward(normed_TD, spread_P) if self.is_moe else self.feed_forward(normed_TD)
+        new_TD = self.feed_forward(normed_TD, spread_P, prefill) if self.is_moe else self.feed_forward(normed_TD)
         return self.total(new_TD), x_TD
 
 

@@ -1,7 +1,7 @@
 """Mixture of experts: FP32 routing, experts split between the ranks whole or by width, shared expert beside them.
 
-Shape letters: T tokens, S those of all data-parallel replicas, D hidden, E experts of this rank, K experts a token, F
-features of this rank, N rows as the op set lays them out for experts.
+Shape letters: T tokens, Q those that this rank sends, S those of all data-parallel replicas, D hidden, E experts of
+this rank, K experts a token, F features of this rank, N rows as the op set lays them out for experts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .layers import FeedForward
 from .ops import OpSet
-from .parallel import JoinReplicas, OwnSum
+from .parallel import InPlace, JoinReplicas, OwnRows, OwnSum
 from .weights import Piece, RankWeights
 
 
@@ -44,7 +44,10 @@ class ExpertLinear(nn.Cell):
         self.product = op_set.GroupedMatmul()
 
     def construct(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        return self.product(rows_ND, self.weight_EDF, counts_E)
+        return self.multiply((rows_ND,), counts_E)
+
+    def multiply(self, rows: tuple, counts_E: Tensor) -> Tensor:
+        return self.product(*rows, self.weight_EDF, counts_E)
 
 
 class QuantExpertLinear(nn.Cell):
@@ -57,8 +60,11 @@ class QuantExpertLinear(nn.Cell):
         self.product = op_set.QuantGroupedMatmul(dtype)
 
     def construct(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        codes_ND, scale_N = self.quantise(rows_ND)
-        return self.product(codes_ND, scale_N, self.weight_EDF, self.scale_EF, counts_E)
+        return self.multiply(self.quantise(rows_ND), counts_E)
+
+    def multiply(self, rows: tuple, counts_E: Tensor) -> Tensor:
+        """``rows`` are codes and their scales."""
+        return self.product(*rows, self.weight_EDF, self.scale_EF, counts_E)
 
 
 def _make_experts(source: RankWeights, op_set: OpSet, name: str, canonical: str, *projections: str) -> nn.Cell:
@@ -70,7 +76,8 @@ def _make_experts(source: RankWeights, op_set: OpSet, name: str, canonical: str,
 class MoE(nn.Cell):
     """This rank's share [T, D] of routed and shared experts, summed in FP32 and rounded once.
 
-    Data-parallel replicas put their tokens together for the routed experts, which are split between all of their ranks.
+    Data-parallel replicas put their tokens together for the routed experts, which are split between all of their ranks;
+    or each rank sends its share of single tokens to the ranks that hold their experts, and gets the sums back.
     """
 
     def __init__(self, source: RankWeights, op_set: OpSet, name: str, canonical: str):
@@ -87,14 +94,22 @@ class MoE(nn.Cell):
         self.down = _make_experts(source, op_set, f"{routed}.ffn.w2", experts, "down_proj")
         self.unpermute = op_set.Unpermute(spec.num_experts_per_tok, self.is_part)
         self.own_sum = OwnSum(op_set, replicas)
+        self.sends = source.mesh.ep is not None
+        if source.mesh.ep is not None:
+            self.own_rows, self.in_place = OwnRows(source.mesh.tp), InPlace(source.mesh.tp)
+            self.dispatch = op_set.Dispatch(source.mesh.ep, spec, source.int8)
+            self.combine = op_set.Combine(source.mesh.ep, spec)
         self.has_shared = spec.n_shared_experts > 0
         self.shared: Any = None
         if self.has_shared:
             self.shared = FeedForward(source, op_set, f"{name}.shared_experts", f"{canonical}.shared_experts")
 
-    def construct(self, x_TD: Tensor, spread_P: Tensor | None) -> Tensor:
+    def construct(self, x_TD: Tensor, spread_P: Tensor | None, prefill: bool) -> Tensor:
         """``spread_P`` as in `parallel.JoinReplicas`; None for a single replica."""
-        y_TD = self.own_sum(self.routed(self.join(x_TD, spread_P)), x_TD)
+        if self.sends and not prefill:
+            y_TD = self.sent(x_TD, spread_P)
+        else:
+            y_TD = self.own_sum(self.routed(self.join(x_TD, spread_P)), x_TD)
         if self.has_shared:
             y_TD = y_TD + self.shared(x_TD).astype(ms.float32)
         return y_TD.astype(x_TD.dtype)
@@ -107,6 +122,14 @@ class MoE(nn.Cell):
         rows_ND, place_N, counts_E = self.permute(x_SD, index_SK)
         rows_ND = self.down(self.activate(self.gate_up(rows_ND, counts_E)), counts_E)
         return self.unpermute(rows_ND, place_N, counts_E, weight_SK)
+
+    def sent(self, x_TD: Tensor, spread_P: Tensor) -> Tensor:
+        """All that routed experts add to this rank's share of the replica's tokens, FP32 [T, D]."""
+        x_QD = self.own_rows(x_TD, spread_P)
+        weight_QK, index_QK = self.router(x_QD)
+        rows, counts_E, ticket = self.dispatch(x_QD, index_QK, weight_QK)
+        rows_ND = self.down(self.activate(self.gate_up.multiply(rows, counts_E)), counts_E)
+        return self.in_place(self.combine(rows_ND, ticket), x_TD)
 
     def own_or_last(self, index_SK: Tensor) -> Tensor:
         """This rank's number of each chosen expert; one past its last for all that other ranks hold."""

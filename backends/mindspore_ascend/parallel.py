@@ -1,13 +1,15 @@
 """Sums and joins over the ranks inside the network, which vanish where there is one rank.
 
-Shape letters: T tokens of this replica, P rows that every replica gives, S = P rows of all replicas, D hidden, O rows,
-V vocabulary.
+Shape letters: T tokens of this replica, P rows that every replica gives, Q those of them that a rank gives, S = P rows
+of all replicas, D hidden, O rows, V vocabulary, R ranks.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from .mesh import Group
@@ -74,3 +76,28 @@ class OwnSum(nn.Cell):
         if self.replicas == 1:
             return y_SD
         return self.scatter(y_SD)[: like_TD.shape[0]]
+
+
+class OwnRows(nn.Cell):
+    """The rows that this rank sends to experts: its part of the P places, which the ranks of a replica share."""
+
+    def __init__(self, ranks: Group):
+        super().__init__(auto_prefix=False)
+        self.ranks, self.index = ranks.size, ranks.index
+
+    def construct(self, x_TD: Tensor, spread_P: Tensor) -> Tensor:
+        return ops.gather(x_TD, spread_P.reshape(self.ranks, -1)[self.index], 0)
+
+
+class InPlace(nn.Cell):
+    """`OwnRows` the other way round: this rank's rows in their places of [T, D], zeros in the others'."""
+
+    def __init__(self, ranks: Group):
+        super().__init__(auto_prefix=False)
+        self.ranks = ranks.size
+        self.place_R11 = Tensor(np.eye(ranks.size, dtype=np.float32)[ranks.index].reshape(-1, 1, 1))
+
+    def construct(self, y_QD: Tensor, like_TD: Tensor) -> Tensor:
+        """FP32; ``like_TD`` has as many rows as the replica has tokens."""
+        placed_RQD = y_QD.astype(ms.float32).expand_dims(0) * self.place_R11
+        return placed_RQD.reshape(-1, y_QD.shape[1])[: like_TD.shape[0]]

@@ -4,7 +4,8 @@ A sequence with few new tokens decodes, each of its tokens for itself; one with 
 up to a bounded number of tokens, and a longer one in pieces: a piece at an offset is a prompt whose earlier tokens are
 in the cache.
 
-Data-parallel replicas run as many parts each, because they meet in every layer: one that has fewer runs idle ones.
+Data-parallel replicas run as many parts each, of the same kinds, because they meet in every layer: one that has fewer
+runs idle ones.
 
 Shape letters: T tokens of the step, P tokens of a part, B sequences of a part, S visible tokens of a prompt part, M
 blocks of a table, R rows that every replica gives.
@@ -14,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.sharding import Grid
 from ..base import IntArray, StepBatch
 
 DECODE_QUERIES = 4  # up to so many new tokens a sequence is decoding, drafts included, and not reading a prompt
@@ -54,6 +55,14 @@ class Part:
         return ids_T[self.rows_P] if len(self.rows_P) else np.zeros(len(self.positions_P), np.int32)
 
 
+@dataclass(frozen=True)
+class Room:
+    """One run of all replicas: through which graph, and the rows that every replica gives."""
+
+    prefill: bool
+    rows: int
+
+
 def make_parts(batch: StepBatch, block_size: int, prefill_tokens: int) -> Iterator[Part]:
     """All parts of a step, prompts in parts of up to ``prefill_tokens``; pieces of a sequence come in their order."""
     stops_B = np.cumsum(batch.query_lens_B)
@@ -68,24 +77,28 @@ def make_parts(batch: StepBatch, block_size: int, prefill_tokens: int) -> Iterat
         yield _prefill_part(group, batch.block_tables_BM, block_size)
 
 
-def make_shared_parts(own: Iterator[Part], rooms: list[int], spare_slot: int) -> Iterator[Part]:
-    """A replica's parts, filled up to the number of ``rooms`` with idle ones, which write ``spare_slot``."""
-    for part, room in zip_longest(own, rooms):
-        yield _in_room(part or _idle_part(spare_slot), room)
+def make_shared_parts(own: Iterator[Part], rooms: list[Room], spare_slot: int) -> Iterator[Part]:
+    """A replica's parts, one for each of ``rooms``: idle, and writing ``spare_slot``, where it has none of the kind."""
+    part = next(own, None)
+    for room in rooms:
+        if part is None or part.prefill != room.prefill:
+            yield _in_room(_idle_part(room.prefill, spare_slot), room.rows)
+        else:
+            yield _in_room(part, room.rows)
+            part = next(own, None)
 
 
-def rooms_of(query_lens_B: IntArray, replica_B: NDArray[np.int64], replicas: int, prefill_tokens: int) -> list[int]:
-    """For each run of a step's parts, the rows that every replica gives: the most tokens that one has."""
-    sizes = [_part_sizes(query_lens_B[replica_B == replica], prefill_tokens) for replica in range(replicas)]
-    return [max(together) for together in zip_longest(*sizes, fillvalue=1)]
-
-
-def _part_sizes(query_lens_B: IntArray, prefill_tokens: int) -> list[int]:
-    """How many tokens each of `make_parts`'s has."""
+def rooms_of(query_lens_B: IntArray, replica_B: NDArray[np.int64], grid: Grid, prefill_tokens: int) -> list[Room]:
+    """The runs of a step: as many rows as the replica with the most tokens has, in equal shares of its ranks."""
     decodes_B = query_lens_B <= DECODE_QUERIES
-    decoding, prompts = int(query_lens_B[decodes_B].sum()), int(query_lens_B[~decodes_B].sum())
+    tokens = [
+        [int(query_lens_B[kind_B & (replica_B == replica)].sum()) for replica in range(grid.dp)]
+        for kind_B in (decodes_B, ~decodes_B)
+    ]
+    decoding, prompts = (max(each) for each in tokens)
     full, rest = divmod(prompts, prefill_tokens)
-    return [size for size in (decoding, *[prefill_tokens] * full, rest) if size]
+    runs = [(False, decoding), *[(True, prefill_tokens)] * full, (True, rest)]
+    return [Room(prefill, -(-rows // grid.tp) * grid.tp) for prefill, rows in runs if rows]
 
 
 def _in_room(part: Part, room: int) -> Part:
@@ -94,10 +107,11 @@ def _in_room(part: Part, room: int) -> Part:
     return replace(part, spread_R=spread_R)
 
 
-def _idle_part(slot: int) -> Part:
+def _idle_part(prefill: bool, slot: int) -> Part:
     """One token that nobody asked for."""
-    zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
-    return Part(False, np.zeros(0, np.int64), zero, np.full(1, slot, np.int32), (np.zeros((1, 1), np.int32), one))
+    zero, one, at = np.zeros(1, np.int32), np.ones(1, np.int32), np.full(1, slot, np.int32)
+    view = (at, one, one) if prefill else (np.zeros((1, 1), np.int32), one)
+    return Part(prefill, np.zeros(0, np.int64), zero, at, view)
 
 
 def _prefill_groups(segments: list[Segment], tokens: int) -> Iterator[list[Segment]]:

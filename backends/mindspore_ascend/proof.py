@@ -37,7 +37,8 @@ from ...convert.random_weights import RandomWeights  # noqa: E402
 from ...models.catalog import load_spec  # noqa: E402
 from ...models.sharding import Grid, check_divides  # noqa: E402
 from ...models.spec import ModelSpec  # noqa: E402
-from .mesh import Group, Mesh  # noqa: E402
+from . import soc  # noqa: E402
+from .mesh import Group, Mesh, has_whole_experts  # noqa: E402
 from .model import MTP, Draft, Forward, Head, Layers, Trunk  # noqa: E402
 from .ops import ascend  # noqa: E402
 from .weights import RankWeights  # noqa: E402
@@ -47,7 +48,7 @@ FUSED = frozenset(
     (
         "RmsNorm", "AddRmsNorm", "RotaryPositionEmbedding", "ReshapeAndCache", "FlashAttentionScore", "PagedAttention",
         "FusedAddTopKDiv", "MoeInitRoutingV2", "InnerMoeTokenUnpermute", "GroupedMatmulV4", "Swiglu", "DynamicQuantExt",
-        "QuantBatchMatmul", "QuantV2",
+        "QuantBatchMatmul", "QuantV2", "MoeDistributeDispatch", "MoeDistributeCombine",
     )
 )  # fmt: skip
 PLAIN = frozenset(("ExpandDims", "Gather"))
@@ -115,7 +116,9 @@ def graphs(
     """Every graph of the first rank: its name, the cell and inputs of fixed lengths."""
     check_divides(spec, grid)
     weights = StaticAttention(spec) if static else RandomWeights(spec)
-    mesh = Mesh(grid, 0, tp=Group(grid.tp), dp=Group(grid.dp))
+    soc.infer_for(soc.ASCEND_910B)
+    sends = has_whole_experts(grid) and ascend.can_dispatch(spec, grid.ep, DECODING)
+    mesh = Mesh(grid, 0, tp=Group(grid.tp), dp=Group(grid.dp), ep=Group(grid.ep) if sends else None)
     source = Placeholders(spec, weights, mesh, ms.bfloat16, int8)
     layers = Layers(source, ascend, POSITIONS, BLOCKS, BLOCK_SIZE)
     head = Head(source, ascend)
@@ -123,7 +126,7 @@ def graphs(
     for name, prefill in (("prefill", True), ("decode", False)):
         tokens = PROMPTS * PROMPT_TOKENS if prefill else DECODING
         hidden, rows = _zeros(tokens, spec.hidden_size, dtype=ms.bfloat16), _zeros(PROMPTS)
-        spread = _zeros(tokens + SPREAD) if grid.dp > 1 else None
+        spread = _zeros(-(-(tokens + SPREAD) // grid.tp) * grid.tp) if grid.dp > 1 else None
         where, view = (_zeros(tokens), _zeros(tokens), spread), _view(prefill)
         yield name, Forward(Trunk(layers, prefill), head), (rows, _zeros(tokens), *where, *view)
         yield f"draft {name}", Draft(layers.turns, mtp, prefill), (hidden, _zeros(tokens), rows, *where, *view)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -24,9 +25,10 @@ from ..memory import check_memory
 from ..shares import Share, share_of
 from .device import CPU, DTYPES, choose_device, choose_dtype, native_dtype
 from .graphs import Graphs
+from .mesh import Mesh
 from .model import MTP, Head, Layers
-from .ops import op_set
-from .plan import Part, make_parts, make_shared_parts, rooms_of
+from .ops import OpSet, op_set
+from .plan import DECODE_QUERIES, Part, make_parts, make_shared_parts, rooms_of
 from .rank import MindSporeRank
 from .weights import RankWeights, rank_bytes
 
@@ -38,15 +40,15 @@ class MindSporeRunner:
         self._run = run
         self.dtype = choose_dtype(run, self._device, stored_dtype(spec, {}))
         self.kv_dtype = native_dtype(self._device)
-        self._mesh = rank.mesh
-        check_divides(spec, self._mesh.grid)
+        check_divides(spec, rank.mesh.grid)
+        self._ops = op_set(self._device)
+        self._mesh = _sending_if_possible(rank.mesh, spec, run, self._ops)
         self.spec = spec
         self.block_size = run.engine.block_size
         self._replica_blocks = cache_blocks(run, self._mesh.dp.size)
         self.kv_blocks = self._mesh.dp.size * self._replica_blocks
         self._rank = rank
         self._positions = run.engine.max_seq_len
-        self._ops = op_set(self._device)
 
     def load(self, weights: Weights) -> None:
         spec, dtype, operators = self.spec, DTYPES[self.kv_dtype], self._ops
@@ -75,7 +77,7 @@ class MindSporeRunner:
         own = make_parts(share.batch, self.block_size, self._ops.PREFILL_TOKENS)
         if self._mesh.dp.size == 1:
             return own
-        rooms = rooms_of(batch.query_lens_B, share.replica_B, self._mesh.dp.size, self._ops.PREFILL_TOKENS)
+        rooms = rooms_of(batch.query_lens_B, share.replica_B, self._mesh.grid, self._ops.PREFILL_TOKENS)
         return make_shared_parts(own, rooms, self._replica_blocks * self.block_size)
 
     def _whole(self, own: StepResult, share: Share) -> StepResult:
@@ -104,6 +106,14 @@ class MindSporeRunner:
         cache_bytes = 4 * math.prod((layers, self._cached_blocks, self.block_size, spec.latent_dim))
         what = f"{self.dtype} weights and cache of {self.kv_blocks * self.block_size} tokens"
         check_memory(self._rank.world_size * (rank_bytes(held, dtype, self.dtype == "w8a8") + cache_bytes), what)
+
+
+def _sending_if_possible(mesh: Mesh, spec: ModelSpec, run: RunConfig, operators: OpSet) -> Mesh:
+    """``mesh`` without the group that tokens are sent between, if the operators do not take what a rank may send."""
+    rows = -(-DECODE_QUERIES * run.engine.max_batch // mesh.tp.size)
+    if mesh.ep is None or operators.can_dispatch(spec, mesh.ep.size, rows):
+        return mesh
+    return replace(mesh, ep=None)
 
 
 class Outputs:

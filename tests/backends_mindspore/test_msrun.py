@@ -68,6 +68,17 @@ def test_several_workers_give_the_tokens_of_one(single, tmp_path, tp, ep, dp):
     assert "DISTRIBUTED" not in messages, "the framework's own lines stay in the log"
 
 
+def test_tokens_sent_to_the_ranks_of_their_experts_come_back_as_sums(tmp_path):
+    settings = ["--worker_num=3", "--local_worker_num=3", f"--master_port={free_port()}", f"--log_dir={tmp_path}"]
+    script = ROOT / "tests" / "backends_mindspore" / "dispatch_ranks.py"
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [BIN / "msrun", *settings, "--join=True", "--cluster_time_out=120", script]
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    logs = [(tmp_path / f"worker_{rank}.log").read_text() for rank in range(3)]
+    assert job.returncode == 0, job.stdout + logs[0][-2000:]
+    assert all(f"rank {rank} has the sums" in log for rank, log in enumerate(logs))
+
+
 def test_what_every_worker_refuses_is_said_once(tmp_path):
     job = launch(write_run(tmp_path, tp=2), "generate", "--set=engine.max_seq_len=9999", "--prompt=x")
     output, messages = job.communicate(timeout=200)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deepspan.backends.base import Sampling, StepBatch
+from deepspan.models.sharding import Grid
 
 pytest.importorskip("mindspore", reason="mindspore is not installed")
 from deepspan.backends.mindspore_ascend.plan import make_parts, make_shared_parts, rooms_of
@@ -74,16 +75,18 @@ def test_a_piece_of_a_prompt_sees_everything_before_it():
 
 
 @pytest.mark.parametrize("limit", [5, 1000])
-def test_replicas_run_as_many_parts_with_as_much_room(limit):
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_replicas_run_the_same_graphs_with_as_much_room(limit, ranks):
     batch, blocks, spare = step([1, 9, 2, 30, 5], [6, 0, 3, 11, 0]), 11, 999
     shares = [share_of(batch, 5, replica, blocks) for replica in range(5)]
-    rooms = rooms_of(batch.query_lens_B, shares[0].replica_B, 5, limit)
+    rooms = rooms_of(batch.query_lens_B, shares[0].replica_B, Grid(tp=ranks, dp=5), limit)
     parts = [list(make_shared_parts(make_parts(share.batch, BLOCK, limit), rooms, spare)) for share in shares]
     assert {len(found) for found in parts} == {len(rooms)}
     for together, room in zip(zip(*parts, strict=True), rooms, strict=True):
         counts = [len(part.positions_P) for part in together]
-        assert max(counts) == room and min(counts) >= 1
+        assert {part.prefill for part in together} == {room.prefill}, "they meet in the operators of one graph"
+        assert room.rows - ranks < max(counts) <= room.rows and room.rows % ranks == 0 and min(counts) >= 1
         for part, count in zip(together, counts, strict=True):
-            assert part.spread_R.tolist() == [*range(count), *[0] * (room - count)]
+            assert part.spread_R.tolist() == [*range(count), *[0] * (room.rows - count)]
             assert len(part.rows_P) == count or part.slots_P.tolist() == [spare], "idle parts write where nobody reads"
     assert [sum(len(part.rows_P) for part in found) for found in parts] == shares[0].tokens

@@ -43,6 +43,21 @@ CALLS = {
         "pre_token_scale=None, group_list=None, activation_input=None, activation_quant_scale=None, "
         "activation_quant_offset=None, split_item=0, group_type=-1, group_list_type=0, act_type=0, output_dtype=None",
     ),
+    "MoeDistributeDispatch": (
+        "",
+        "x, expert_ids, ep_world_size, ep_rank_id, moe_expert_num, expert_scales=None, scales=None, "
+        "x_active_mask=None, group_ep=None, group_tp=None, tp_world_size=0, tp_rank_id=0, "
+        "expert_shard_type=0, shared_expert_num=0, shared_expert_rank_num=0, quant_mode=0, "
+        "global_bs=0, expert_token_nums_type=0",
+    ),
+    "MoeDistributeCombine": (
+        "",
+        "expand_x, expert_ids, expand_idx, ep_send_counts, expert_scales, ep_world_size, ep_rank_id, moe_expert_num, "
+        "tp_send_counts=None, x_active_mask=None, activate_scale=None, weight_scale=None, group_list=None, "
+        "expand_scales=None, group_ep=None, group_tp=None, tp_world_size=0, tp_rank_id=0, expert_shard_type=0, "
+        "shared_expert_num=0, shared_export_rank_num=0, global_bs=0, out_dtype=0, common_quant_mode=0, "
+        "group_list_type=0",
+    ),
     "Swiglu": ("", "input, dim=-1"),
     "DynamicQuantExt": ("", "x, smooth_scales=None"),
     "QuantV2": ("", "x, scale, offset, sqrt_mode=False, rounding_mode='ROUND', dst_type=mstype.int8"),

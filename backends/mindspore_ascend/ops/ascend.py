@@ -9,12 +9,15 @@ hidden, E experts, K experts a token, N rows sorted by expert (T times K), F fea
 
 from __future__ import annotations
 
+import os
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import auto_generate as fused
 
 from ....models.spec import ModelSpec
+from .. import soc
 from ..mesh import Group
 from . import composite
 
@@ -278,3 +281,62 @@ class ReduceScatter(nn.Cell):
 
     def construct(self, x_SD: Tensor) -> Tensor:
         return self.scatter(x_SD)
+
+
+_MIB = 2**20
+_DISPATCH_RANKS, _DISPATCH_ROWS = (16, 32, 64), 256  # what MoeDistributeDispatch takes on a 910B, and of a rank
+_DISPATCH_WIDTH, _DISPATCH_EXPERTS, _DISPATCH_HELD, _DISPATCH_KEPT = 7168, 256, 24, 8
+_NOT_QUANTISED, _DYNAMIC_QUANT = 0, 2
+
+
+def can_dispatch(spec: ModelSpec, ranks: int, rows: int) -> bool:
+    """As documented for the 910B, whose room for what travels is HCCL_BUFFSIZE MiB for each group of ranks."""
+    held, width = spec.n_routed_experts // ranks, spec.hidden_size
+    room = 2 * (2 * rows * ranks * min(held, spec.num_experts_per_tok) * width + 2 * _MIB)
+    return (
+        soc.current() == soc.ASCEND_910B
+        and ranks in _DISPATCH_RANKS
+        and rows <= _DISPATCH_ROWS
+        and width <= _DISPATCH_WIDTH
+        and width % 32 == 0
+        and spec.n_routed_experts <= _DISPATCH_EXPERTS
+        and held <= _DISPATCH_HELD
+        and spec.num_experts_per_tok <= _DISPATCH_KEPT
+        and room <= int(os.environ.get("HCCL_BUFFSIZE", "200")) * _MIB
+    )
+
+
+class Dispatch(nn.Cell):
+    """Rows that nothing has arrived for come last, as many as could; those of every rank are equally many."""
+
+    def __init__(self, group: Group, spec: ModelSpec, int8: bool):
+        super().__init__(auto_prefix=False)
+        self.ranks, self.index, self.group = group.size, group.index, group.name
+        self.experts = spec.n_routed_experts
+        self.int8 = int8
+        self.quant_mode = _DYNAMIC_QUANT if int8 else _NOT_QUANTISED
+        self.dispatch = fused.MoeDistributeDispatch()
+
+    def construct(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[tuple, Tensor, tuple]:
+        as_counts = 1
+        rows_ND, scale_N, place_N, counts_E, received, received_tp, weight_N = self.dispatch(
+            x_TD, index_TK, self.ranks, self.index, self.experts, weight_TK, None, None, self.group, None,
+            0, 0, 0, 0, 0, self.quant_mode, 0, as_counts,
+        )  # fmt: skip
+        rows = (rows_ND, scale_N) if self.int8 else (rows_ND,)
+        return rows, counts_E, (index_TK, weight_TK, place_N, received, received_tp, weight_N)
+
+
+class Combine(nn.Cell):
+    def __init__(self, group: Group, spec: ModelSpec):
+        super().__init__(auto_prefix=False)
+        self.ranks, self.index, self.group = group.size, group.index, group.name
+        self.experts = spec.n_routed_experts
+        self.combine = fused.MoeDistributeCombine()
+
+    def construct(self, rows_ND: Tensor, ticket: tuple) -> Tensor:
+        index_TK, weight_TK, place_N, received, received_tp, weight_N = ticket
+        return self.combine(
+            rows_ND, index_TK, place_N, received, weight_TK, self.ranks, self.index, self.experts, received_tp,
+            None, None, None, None, weight_N, self.group,
+        )  # fmt: skip

@@ -342,3 +342,52 @@ class ReduceScatter(nn.Cell):
 
     def construct(self, x_SD: Tensor) -> Tensor:
         return self.add(x_SD).reshape(self.ranks, -1, x_SD.shape[1])[self.index]
+
+
+def can_dispatch(spec: ModelSpec, ranks: int, rows: int) -> bool:
+    """Whether `Dispatch` and `Combine` take up to ``rows`` rows from each of ``ranks`` ranks: plain ones always do."""
+    return True
+
+
+class Dispatch(nn.Cell):
+    """Send tokens, each rank its own, to the ranks of ``group`` that hold their experts, in equal parts and in order.
+
+    All rows of all ranks are gathered here, and experts elsewhere get the number one past the last.
+    """
+
+    def __init__(self, group: Group, spec: ModelSpec, int8: bool):
+        super().__init__(auto_prefix=False)
+        self.held, self.kept = spec.n_routed_experts // group.size, spec.num_experts_per_tok
+        self.first = group.index * self.held
+        self.gather = AllGather(group)
+        self.permute = Permute(self.held, self.kept, is_part=True)
+        self.int8 = int8
+        self.quantise = DynamicQuant()
+
+    def construct(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> tuple[tuple, Tensor, tuple]:
+        """`Permute`'s rows for this rank's experts, or their codes and scales; counts [E]; a ticket for `Combine`."""
+        hidden, dtype = x_TD.shape[1], x_TD.dtype
+        sent_TX = ops.concat((x_TD.astype(ms.float32), index_TK.astype(ms.float32), weight_TK), -1)
+        all_SX = self.gather(sent_TX)
+        own_SK = all_SX[:, hidden : hidden + self.kept].astype(ms.int32) - self.first
+        is_own_SK = ops.logical_and(own_SK >= 0, own_SK < self.held)
+        own_SK = ops.select(is_own_SK, own_SK, ops.full_like(own_SK, self.held))
+        rows_ND, place_N, counts_E = self.permute(all_SX[:, :hidden].astype(dtype), own_SK)
+        ticket = place_N, counts_E, all_SX[:, hidden + self.kept :]
+        return (self.quantise(rows_ND) if self.int8 else (rows_ND,)), counts_E, ticket
+
+
+class Combine(nn.Cell):
+    """The way back: each token's weighted sum over its experts [T, D], on the rank that sent it.
+
+    In the type of the rows, to which the fused operator rounds its sums.
+    """
+
+    def __init__(self, group: Group, spec: ModelSpec):
+        super().__init__(auto_prefix=False)
+        self.unpermute = Unpermute(spec.num_experts_per_tok, is_part=True)
+        self.scatter = ReduceScatter(group)
+
+    def construct(self, rows_ND: Tensor, ticket: tuple) -> Tensor:
+        place_N, counts_E, weight_SK = ticket
+        return self.scatter(self.unpermute(rows_ND, place_N, counts_E, weight_SK)).astype(rows_ND.dtype)
