@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..models.dtypes import Bits8, Bits16, Float32, f32_to_bf16
 from ..models.quant import dequant_fp8_blocks
+from .pages import empty_pages
 
 HAS_PERMUTATION = bool(llvm.get_host_cpu_features().get("avx512bw"))
 _LANES = 32
@@ -39,7 +40,7 @@ def fp8_to_bf16(
     """`dequant_fp8_blocks` to "bf16", with the same arguments; ``permute`` chooses the AVX-512 form."""
     usual = bool(((scales_RC >= _SCALES[0]) & (scales_RC <= _SCALES[1])).all())
     if usual and codes_NK.flags.c_contiguous:
-        out_NK = np.empty(codes_NK.shape, np.uint16)
+        out_NK = empty_pages(codes_NK.shape, np.uint16)
         first = origin[0] // block[0] * block[0], origin[1] // block[1] * block[1]
         inside = origin[0] - first[0], origin[1] - first[1]
         has_nan = (

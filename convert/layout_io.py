@@ -23,6 +23,7 @@ from ..models.params import Param
 from ..models.quant import result_dtype, round_to
 from . import fast_weights
 from .formats import Range
+from .pages import empty_pages
 from .plan import Output
 from .safetensors import Reader, TensorInfo
 
@@ -75,7 +76,7 @@ def _make_rows(
     height = target.shape[-2] if len(target.shape) > 1 else target.shape[0]
     width = target.shape[-1] if len(target.shape) > 1 else 1
     dtype = _READ_AS[target.dtype]
-    out = np.empty((stop - start, width), result_dtype(dtype))
+    out = empty_pages((stop - start, width), result_dtype(dtype))
     for index in range(start // height, -(-stop // height)):
         first = index * height
         low, high = max(start, first), min(stop, first + height)

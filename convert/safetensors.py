@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ..models.dtypes import DTYPES
 from ..models.errors import InputError
+from .pages import empty_pages
 from .strict_json import StrictJsonError, parse_object, shorten
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -108,7 +109,7 @@ class Reader:
     def read(self, info: TensorInfo, out: NDArray | None = None) -> NDArray:
         """The whole tensor as an array of its dtype's carrier, in ``out`` if given (contiguous, of the same size)."""
         if out is None:
-            out = np.empty(info.shape, _carrier(info))
+            out = empty_pages(info.shape, _carrier(info))
         self._fill(info.path, out.reshape(-1).view(np.uint8), info.begin)
         return out
 

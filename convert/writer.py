@@ -1,8 +1,7 @@
 """Writing one safetensors file piece by piece so that it is either whole or visibly unfinished.
 
-The file grows under ``NAME.partial.RUN``, allocated in full at once, so that a full disk shows before the work is done.
-Its header is written last: until then the length field is zero, which no reader accepts. Then the file is synced,
-renamed, and its directory synced.
+The file grows under ``NAME.partial.RUN``, allocated in full at once. Its header is written last: until then the length
+field is zero, which no reader accepts. Then the file is synced, renamed, and its directory synced.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 
 from ..models.errors import DeepspanError
 from .checksums import combined_crc32, crc32
+from .output_file import OutputFile
 from .plan import Output, ShardPlan
 
 PARTIAL = ".partial."
-_SYNC_BYTES = 256 << 20  # written between syncs, so that dirty pages never pile up
 
 
 class ShardWriter:
@@ -33,13 +32,12 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._missing = sum(len(range(0, output.rows, output.piece_rows)) for output in plan.outputs)
         self._parts: dict[str, dict[int, tuple[int, int]]] = {output.name: {} for output in plan.outputs}
-        self._unsynced = 0
         try:
-            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._file = OutputFile(self._partial)
         except OSError as error:
             self._fail(error, "the file")
         try:
-            os.posix_fallocate(self._file, 0, plan.nbytes)
+            self._file.reserve(plan.nbytes)
         except OSError as error:
             self.abandon()
             self._fail(error, "its space")
@@ -57,8 +55,7 @@ class ShardWriter:
         offset = start * output.row_bytes
         crc = crc32(data)
         try:
-            _write_all(self._file, data, self.plan.offsets[output.name] + offset)
-            self._sync_sometimes(len(data))
+            self._file.write(data, self.plan.offsets[output.name] + offset)
         except OSError as error:
             self._fail(error, f"tensor {output.name}")
         with self._lock:
@@ -70,47 +67,29 @@ class ShardWriter:
         """Give the file its header and its name; the CRC-32 of each tensor in hexadecimal."""
         assert self.is_filled, f"{self.plan.name} has pieces missing"
         try:
-            _write_all(self._file, np.frombuffer(self.plan.header, np.uint8), 0)
-            os.fsync(self._file)
-            assert os.pread(self._file, len(self.plan.header), 0) == self.plan.header, "the header was not kept"
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._file.write(np.frombuffer(self.plan.header, np.uint8), 0)
+            assert self._file.read(len(self.plan.header), 0) == self.plan.header, "the header was not kept"
+            self._file.sync()
             self._partial.replace(self._directory / self.plan.name)
             sync_directory(self._directory)
         except OSError as error:
             self._fail(error, "the header")
-        os.close(self._file)
+        self._file.close()
         return {name: f"{self._crc(parts):08x}" for name, parts in self._parts.items()}
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
-        os.close(self._file)
+        self._file.close()
         self._partial.unlink(missing_ok=True)
 
     def _crc(self, parts: dict[int, tuple[int, int]]) -> int:
         return combined_crc32(parts[offset] for offset in sorted(parts))
-
-    def _sync_sometimes(self, size: int) -> None:
-        with self._lock:
-            self._unsynced += size
-            due = self._unsynced >= _SYNC_BYTES
-            if due:
-                self._unsynced = 0
-        if due:
-            os.fdatasync(self._file)
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _fail(self, error: OSError, what: str) -> NoReturn:
         where = str(self._directory / self.plan.name)
         raise DeepspanError(
             f"writing {what} failed ({error.strerror})", where, "repair the cause and run the same command again"
         ) from error
-
-
-def _write_all(file: int, data: NDArray[np.uint8], offset: int) -> None:
-    view = data.data
-    done = 0
-    while done < len(view):
-        done += os.pwrite(file, view[done:], offset + done)
 
 
 def write_small(directory: Path, name: str, content: bytes) -> None:

@@ -29,15 +29,15 @@ from tests.convert.checkpoints import DEMO, assert_same_tensors, convert, files,
 SLOW = """
 import sys, time
 from pathlib import Path
-from deepspan.convert import writer
 from deepspan.convert.executor import run_plan
 from deepspan.convert.kinds import KINDS
 from deepspan.convert.kinds.options import Options
-fast = writer._write_all
+from deepspan.convert.output_file import OutputFile
+fast = OutputFile.write
 def slow(*arguments):
     time.sleep(0.02)
     fast(*arguments)
-writer._write_all = slow
+OutputFile.write = slow
 plan = KINDS["hf-to-mindspore"].plan(Path(sys.argv[1]), Options())
 print("started", flush=True)
 run_plan(plan, Path(sys.argv[2]), workers=2)
