@@ -18,6 +18,7 @@ from typing import IO
 from ..configs.schema import Launch, RunConfig
 from ..models.errors import DeepspanError, InputError
 from ..models.sharding import Grid
+from .words import count
 from .worker import LOG_NAME, LOGS, PROCESS_LINE, RESULTS
 
 _WORKER = ("-m", "deepspan.scripts.worker")
@@ -34,7 +35,7 @@ def check_ranks(run: RunConfig) -> Grid:
     grid, launch = Grid(**run.parallel.model_dump()), run.launch
     if launch.launcher != "none" and launch.nodes * launch.procs_per_node != grid.world_size:
         raise InputError(
-            f"{launch.nodes} nodes of {launch.procs_per_node} processes for {grid.world_size} ranks",
+            f"{count(launch.nodes, 'node')} of {launch.procs_per_node} processes for {grid.world_size} ranks",
             "launch",
             "make nodes x procs_per_node equal tp x dp x pp",
         )
@@ -51,7 +52,7 @@ class Node:
     def __post_init__(self) -> None:
         if not 0 <= self.node_rank < self.launch.nodes:
             raise InputError(
-                f"node rank {self.node_rank} of {self.launch.nodes} nodes", "--node-rank", "count nodes from 0"
+                f"node rank {self.node_rank} of {count(self.launch.nodes, 'node')}", "--node-rank", "count nodes from 0"
             )
 
     def command(self, arguments: Sequence[str]) -> list[str]:

@@ -39,6 +39,11 @@ if [[ $workers != "$local_workers" ]]; then
     options+=(--master_addr="$address" --node_rank="$node_rank")
 fi
 
+if ! command -v msrun >/dev/null; then
+    echo "error: no command msrun: PATH: install mindspore on this node" >&2
+    exit 1
+fi
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 ulimit -u unlimited 2>/dev/null || true # HCCL starts many threads; without the right to lift the limit, it stays

@@ -26,6 +26,7 @@ from ..models.catalog import load_spec
 from ..models.errors import InputError
 from ..models.hf_config import spec_from_hf
 from ..models.holding import Held, Holding
+from ..models.layouts.recognise import recognise
 from ..models.quant import StoredInt4
 from ..models.spec import ModelSpec, nearest
 from ..serving.batch import GenerationOptions, prompt_logits
@@ -130,7 +131,7 @@ def open_run(run: RunConfig) -> Session:
     with ExitStack() as opened:
         checkpoint = None
         if run.model.path and run.model.weights == "checkpoint":
-            checkpoint = opened.enter_context(Checkpoint.open(run.model.path))
+            checkpoint = opened.enter_context(open_checkpoint(run.model.path))
         spec = model_spec(run, checkpoint)
         run = _fit_to_model(run, spec)
         tokenizer = _tokenizer(run, spec)
@@ -151,6 +152,14 @@ def open_run(run: RunConfig) -> Session:
             opened.callback(runner.close)
         holding = holding_of(run, runner.dtype, stored_as(weights))
         return Session(run, spec, rank, runner, holding, tokenizer, stop_tokens, opened.pop_all())
+
+
+def open_checkpoint(directory: str) -> Checkpoint:
+    """The checkpoint of a run, whose headers are read; DeepSeek's rank files are for its own demo."""
+    if recognise([file.name for file in Path(directory).glob("*.safetensors")], ()) == "deepseek_demo":
+        todo = "bring them back first: deepspan convert demo-to-hf"
+        raise InputError("rank files of DeepSeek's demo are no checkpoint to run", directory, todo)
+    return Checkpoint.open(directory)
 
 
 def open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint: Checkpoint | None) -> Weights:

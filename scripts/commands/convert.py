@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 
 from ...convert import disk_speed
@@ -21,6 +21,7 @@ from ...models.spec import nearest
 from ..options import path
 from ..progress import Progress
 from ..runtime import note
+from ..words import count
 
 _BASE_BYTES = 200e6  # the interpreter, its libraries, the plan and its hashes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
@@ -143,8 +144,8 @@ def _plan_lines(plan: Plan, destination: Path, workers: int) -> list[str]:
     peak = workers * plan.piece_memory + _BASE_BYTES
     return [
         f"kind         {plan.kind} {' '.join(f'{key}={value}' for key, value in plan.options.items())}".rstrip(),
-        f"read         {plan.read_bytes:,} bytes of {len(plan.tensors)} tensors in {len(plan.source.headers)} files",
-        f"write        {plan.write_bytes:,} bytes of {plan.tensor_count} tensors in {len(plan.shards)} files",
+        f"read         {plan.read_bytes:,} bytes of {len(plan.tensors)} tensors in {_files(plan.source.headers)}",
+        f"write        {plan.write_bytes:,} bytes of {plan.tensor_count} tensors in {_files(plan.shards)}",
         f"copied       {', '.join(plan.small_files)}",
         f"dropped      {_dropped(plan)}",
         f"free         {free.bytes:,} bytes on the disk of {destination}",
@@ -153,11 +154,15 @@ def _plan_lines(plan: Plan, destination: Path, workers: int) -> list[str]:
     ]
 
 
+def _files(files: Sized) -> str:
+    return count(len(files), "file")
+
+
 def _dropped(plan: Plan) -> str:
     if not plan.dropped:
         return "nothing"
     rules = sorted(set(plan.dropped.values()))
-    return ", ".join(f"{sum(rule == r for r in plan.dropped.values())} tensors by {rule}" for rule in rules)
+    return ", ".join(f"{count(sum(rule == r for r in plan.dropped.values()), 'tensor')} by {rule}" for rule in rules)
 
 
 def _estimate(plan: Plan, destination: Path) -> str:
@@ -188,7 +193,7 @@ def _result_lines(plan: Plan, result: Result, destination: Path) -> list[str]:
     kept = f", {result.kept_bytes / 1e9:.3f} GB kept from an earlier run" if result.kept_bytes else ""
     speed = f"{result.written_bytes / result.seconds / 1e9:.2f} GB/s written, {shares} of the workers' time"
     return [
-        f"converted    {plan.tensor_count} tensors in {len(plan.shards)} files, {written} written{kept}",
+        f"converted    {plan.tensor_count} tensors in {_files(plan.shards)}, {written} written{kept}",
         f"dropped      {_dropped(plan)}",
         f"took         {result.seconds:.1f} s: {speed}",
     ]

@@ -12,7 +12,6 @@ from typing import Any
 
 from ...backends.base import stored_as
 from ...configs.schema import RunConfig
-from ...convert.checkpoint import Checkpoint
 from ...models.capacity import GIB, StagePlan, plan_stages
 from ...models.catalog import load_spec
 from ...models.costs import Precision, decode_bytes
@@ -23,7 +22,8 @@ from ...models.sharding import Grid
 from ...models.spec import ModelSpec
 from ..launching import check_ranks
 from ..options import add_run
-from ..runtime import holding_of, model_spec, note, open_weights, read_run
+from ..runtime import holding_of, model_spec, note, open_checkpoint, open_weights, read_run
+from ..words import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +102,7 @@ def _stored(config: RunConfig, spec: ModelSpec) -> dict[str, Held]:
     if config.model.path is None or not any(Path(config.model.path).glob("*.safetensors")):
         return {}
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(Checkpoint.open(config.model.path))
+        checkpoint = opened.enter_context(open_checkpoint(config.model.path))
         return stored_as(open_weights(opened, config, spec, checkpoint))
 
 
@@ -167,8 +167,8 @@ def _as_json(deployment: Deployment, stages: list[StagePlan]) -> dict[str, Any]:
 def _print(deployment: Deployment, stages: list[StagePlan]) -> None:
     degrees = ", ".join(f"{key} {value}" for key, value in vars(deployment.grid).items() if value > 1)
     weights, cache = deployment.precision.weights.dtype, deployment.precision.cache
-    ranks = deployment.grid.world_size
-    print(f"{ranks} rank{'s' if ranks > 1 else ''} ({degrees or 'one process'}), {weights}, cache {cache}")
+    ranks = count(deployment.grid.world_size, "rank")
+    print(f"{ranks} ({degrees or 'one process'}), {weights}, cache {cache}")
     for stage in stages:
         who = f"each of ranks {_span(stage.ranks)}" if len(stage.ranks) > 1 else f"rank {stage.ranks.start}"
         print(f"\n{who}: layers {_span(stage.layers)}")

@@ -18,6 +18,7 @@ from ...convert.verify.views import View, open_view
 from ...models.errors import DeepspanError, InputError
 from ..options import path
 from ..progress import Progress
+from ..words import count
 
 _LISTED = 50
 _ALONE = {"source": "--source", "samples": "--samples", "seed": "--seed"}
@@ -83,8 +84,8 @@ def _verify(options: argparse.Namespace) -> int:
         verdict = verify(options.directory, settings, phases.show)
     print(json.dumps(_verdict(verdict), ensure_ascii=False) if options.json else "\n".join(_verdict_lines(verdict)))
     if not verdict.is_sound:
-        count = _count(verdict.findings, "finding")
-        raise DeepspanError(f"damaged: {count}", str(options.directory), "replace the files that are named")
+        what = f"damaged: {count(len(verdict.findings), 'finding')}"
+        raise DeepspanError(what, str(options.directory), "replace the files that are named")
     return 0
 
 
@@ -105,14 +106,14 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def _verdict_lines(verdict: Verdict) -> Iterator[str]:
-    read = f"{verdict.tensors:,} tensors in {_count(verdict.files, 'file')}, {verdict.nbytes:,} bytes"
+    read = f"{verdict.tensors:,} tensors in {count(verdict.files, 'file')}, {verdict.nbytes:,} bytes"
     yield f"checkpoint   {verdict.directory}"
     yield f"layout       {verdict.layout or 'unknown'}"
     yield f"read         {read}{', compared with the manifest' if verdict.kind else ''}"
     if verdict.source is not None:
-        yield f"made again   rows of {_count(verdict.recomputed, 'tensor')}, from {verdict.source} by {verdict.kind}"
+        yield f"made again   rows of {count(verdict.recomputed, 'tensor')}, from {verdict.source} by {verdict.kind}"
     yield from (f"note         {note}" for note in verdict.notes)
-    yield f"damage       {_count(verdict.findings, 'finding') if verdict.findings else 'none'}"
+    yield f"damage       {count(len(verdict.findings), 'finding') if verdict.findings else 'none'}"
     yield from _some(verdict.findings)
 
 
@@ -176,13 +177,13 @@ def _comparison_lines(a: View, b: View, found: Comparison, rtol: float) -> Itera
     beyond.sort(key=lambda each: -each.relative_error)
     yield f"checkpoint   {a.directory} ({a.layout})"
     yield f"against      {b.directory} ({b.layout})"
-    yield f"identical    {_count(found.identical, 'parameter')}"
+    yield f"identical    {count(found.identical, 'parameter')}"
     if rtol:
-        yield f"within       {rtol:g}: {_count(within, 'parameter')}{_worst(within)}"
-    yield f"differing    {_count(beyond, 'parameter')}{_worst(beyond)}"
+        yield f"within       {rtol:g}: {count(len(within), 'parameter')}{_worst(within)}"
+    yield f"differing    {count(len(beyond), 'parameter')}{_worst(beyond)}"
     yield from _some(beyond)
     for title, names in (("missing", found.missing), ("extra", found.extra)):
-        yield f"{title:<12} {_count(names, 'parameter')}"
+        yield f"{title:<12} {count(len(names), 'parameter')}"
         yield from _some(names)
 
 
@@ -194,8 +195,3 @@ def _some(items: Sequence[object]) -> Iterator[str]:
     yield from (f"    {item}" for item in items[:_LISTED])
     if len(items) > _LISTED:
         yield f"    and {len(items) - _LISTED:,} more (--json lists all)"
-
-
-def _count(items: int | Sequence[object], noun: str) -> str:
-    number = items if isinstance(items, int) else len(items)
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -42,6 +42,11 @@ def misshape(checkpoint):
     )
 
 
+def rename_as_ranks(checkpoint):
+    for rank, file in enumerate(sorted(checkpoint.glob("*.safetensors"))):
+        file.rename(checkpoint / f"model{rank}-mp3.safetensors")
+
+
 def grow_tokenizer(checkpoint):
     path = checkpoint / "tokenizer.json"
     contents = json.loads(path.read_text(encoding="utf-8"))
@@ -74,6 +79,12 @@ CHECKPOINTS = {
     "V4": (configure(model_type="deepseek_v4"), ["deepseek_v4 is not supported", "another graph"]),
     "GLM-5": (configure(model_type="glm_moe_dsa"), ["glm_moe_dsa is not supported"]),
     "other sizes than the weights": (configure(hidden_size=256), ["not ["]),
+    "rank files": (
+        lambda c: [
+            file.rename(c / f"model{rank}-mp3.safetensors") for rank, file in enumerate(c.glob("*.safetensors"))
+        ],
+        ["rank files of DeepSeek's demo", "deepspan convert demo-to-hf"],
+    ),
     "no tokenizer": (unlink("tokenizer.json"), ["no tokenizer", "model.tokenizer"]),
     "tokenizer of another model": (grow_tokenizer, ["tokenizer of 1030 tokens for a model of 1024"]),
     "broken chat template": (

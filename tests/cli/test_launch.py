@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -191,6 +192,15 @@ def test_positional_forms(script, arguments, wanted):
 def test_other_forms_end_with_1(script, arguments):
     result = script(*arguments)
     assert result.returncode == 1 and result.stderr and not result.stdout
+
+
+def test_a_missing_msrun_is_named(tmp_path):
+    command = ["/bin/bash", str(ROOT / "scripts" / "msrun_launcher.sh"), COMMAND]
+    for name in ("dirname", "sed"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: no command msrun: PATH: install mindspore on this node\n"
 
 
 def test_one_worker_is_not_launched(script):

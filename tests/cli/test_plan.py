@@ -49,7 +49,7 @@ def test_int4_groups_are_not_cut(deepspan):
     [
         (["parallel.tp=3", "parallel.ep=1", "launch.procs_per_node=3"], "does not divide num_attention_heads"),
         (["parallel.ep=3"], "ep 3 does not divide tp 8 x dp 1"),
-        (["parallel.tp=4", "parallel.ep=4"], "1 nodes of 8 processes for 4 ranks"),
+        (["parallel.tp=4", "parallel.ep=4"], "1 node of 8 processes for 4 ranks"),
         (["parallel.tp=32", "parallel.ep=1", "launch.nodes=4"], "cut its scale blocks of 128"),
         (["dtype=bf16"], "GiB are missing"),
         (["engine.device_memory_gib=80"], "GiB are missing"),
