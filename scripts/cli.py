@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..models.errors import DeepspanError, InputError
@@ -42,6 +44,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 for done, 1 for failed while running, 2 for bad usage, config or input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     try:
         options = parse(arguments)
         code: int = options.run(options)
@@ -94,19 +97,32 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:end]), list(arguments[end + 1 :])
 
 
+def _open_closed_streams() -> None:
+    """A stream that whoever started us has closed is None here, and a file of ours could get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the end
+
+
 def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    if isinstance(error, DeepspanError):
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        todo = "check the path, its permissions and the space that is left"
-        print(f"error: {error.strerror}: {error.filename}: {todo}", file=sys.stderr)
-        return 1
+    print(f"error: {_described(error)}", file=sys.stderr)
+    return error.exit_code if isinstance(error, DeepspanError) else 1
+
+
+def _described(error: Exception) -> str:
+    """What, where and what to do, as one line."""
     what = " ".join(str(error).split())
-    print(f"error: {type(error).__name__}: {what}: run it again with --debug to see where", file=sys.stderr)
-    return 1
+    if isinstance(error, DeepspanError):
+        return what
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        todo = "check the path, its permissions and the space that is left"
+        return f"{error.strerror}: {error.filename or 'a file or standard output'}: {todo}"
+    if isinstance(error, UnicodeEncodeError):
+        what = f"cannot write {error.object[error.start]!a} in {error.encoding}"
+        return f"{what}: output: set PYTHONIOENCODING=utf-8"
+    return f"{type(error).__name__}: {what}: run it again with --debug to see where"
 
 
 if __name__ == "__main__":

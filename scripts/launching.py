@@ -26,6 +26,7 @@ _ERROR = "error: "
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10  # for a launcher to end the other workers itself
 _FAILED = re.compile(r"Worker process (\d+) exit with exception|exitcode: -?\d+\).*?\(pid: (\d+)\)")
+_RAISED = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception): .+)", re.MULTILINE)
 _PROCESS = re.compile(re.escape(PROCESS_LINE).replace(r"\{rank\}", r"(\d+)").replace(r"\{pid\}", r"(\d+)"))
 _FRAMEWORK_LINE = re.compile(r"\[(INFO|WARNING)\] \w+\(|rank \S+ is process ")
 
@@ -236,7 +237,8 @@ def _end(job: subprocess.Popen[bytes]) -> None:
 def _failure(folder: Path, withheld: str) -> DeepspanError:
     """The error of the rank that failed first, in its own words when it left some.
 
-    ``withheld`` are the words of this node's first rank, for a launcher that does not tell which one failed.
+    When the launcher does not tell which one that was, ``withheld``, the words of this node's first rank, or the
+    launcher's own have to do.
     """
     report = folder / "launcher.log"
     text = report.read_text(encoding="utf-8", errors="replace")
@@ -248,4 +250,6 @@ def _failure(folder: Path, withheld: str) -> DeepspanError:
         if rank is not None:
             said = [line.removeprefix(_ERROR) for line in content.splitlines() if line.startswith(_ERROR)]
             return DeepspanError(f"rank {rank} failed", str(log), said[-1] if said else "it was ended from outside")
-    return DeepspanError("the launcher failed", str(report), withheld.removeprefix(_ERROR) or "read its last lines")
+    raised = _RAISED.findall(text)[-1:]
+    said_last = withheld.removeprefix(_ERROR) or "".join(raised) or "read its last lines"
+    return DeepspanError("the launcher failed", str(report), said_last)

@@ -28,7 +28,8 @@ def _rank() -> int | None:
 def work() -> int:
     rank = _rank()
     if logs := os.environ.get(LOGS):
-        log = os.open(Path(logs) / LOG_NAME.format(rank=rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        log_file = Path(logs) / LOG_NAME.format(rank=rank)
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         os.dup2(log, sys.stderr.fileno())
     print(PROCESS_LINE.format(rank=rank, pid=os.getpid()), file=sys.stderr, flush=True)
     results = os.environ.get(RESULTS)

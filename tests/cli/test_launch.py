@@ -148,6 +148,12 @@ def test_the_failed_rank_is_named_with_its_own_words(fake_launcher):
         run_node(fake_launcher(lines), ["inspect"])
 
 
+def test_a_launcher_that_fails_itself_is_quoted(fake_launcher):
+    lines = "echo 'Traceback'; echo 'torch.distributed.DistStoreError: 1/2 clients joined.'; exit 1"
+    with pytest.raises(DeepspanError, match="the launcher failed: .*launcher.log: DistStoreError: 1/2 clients joined"):
+        run_node(fake_launcher(lines), ["inspect"])
+
+
 @pytest.fixture
 def script(tmp_path):
     """Runs msrun_launcher.sh with a command named msrun that prints its arguments, one a line."""

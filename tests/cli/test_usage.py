@@ -106,6 +106,26 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("shell", "code", "messages"),
+    [
+        ("{} inspect demo > /dev/full", 1, "error: No space left on device: a file or standard output: check "),
+        ("{} inspect demo >&-", 0, ""),
+        ("{} generate demo_reference <&-", 2, "error: no prompts: standard input: write one prompt a line\n"),
+        (
+            "PYTHONIOENCODING=ascii {} generate demo_reference --prompt 你好",
+            1,
+            "error: cannot write '\\u4f60' in ascii: output: set PYTHONIOENCODING=utf-8\n",
+        ),
+    ],
+)
+def test_streams_that_take_or_give_nothing(tmp_path, shell, code, messages):
+    line = shell.format(f"{sys.executable} -m deepspan.scripts.cli")
+    result = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == code
+    assert result.stderr.startswith(messages) and result.stderr.count("\n") == bool(messages)
+
+
 def test_an_error_leaves_by_the_exit_code(tmp_path):
     result = command("generate", "nowhere", "--prompt", "x", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
