@@ -145,17 +145,37 @@ def load_run(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError("not a YAML file", str(path), " ".join(str(error).split())) from None
     if not isinstance(values, dict):
         raise InputError("not a run configuration", str(path), "give a mapping with the keys model, backend, …")
+    if is_mindformers(values):
+        return values
+    _refuse_keys_given_twice(text, path)
     model = values.get("model")
-    if isinstance(model, dict) and not is_mindformers(values):
+    if isinstance(model, dict):
         for key in ("path", "tokenizer"):
             if isinstance(model.get(key), str):
                 model[key] = str(path.parent / Path(model[key]).expanduser())
     return values
+
+
+def _refuse_keys_given_twice(text: str, path: Path) -> None:
+    """YAML's reader takes the last one, so that a second ``engine:`` would undo the first without a word."""
+    nodes = [yaml.compose(text, yaml.SafeLoader)]
+    for node in nodes:  # which grows
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        keys: set[str] = set()
+        for key, value in node.value:
+            if key.value in keys:
+                where = f"{path}, line {key.start_mark.line + 1}"
+                raise InputError(f"key {key.value!r} is there twice", where, "remove one of them")
+            keys.add(key.value)
+            if value not in nodes:  # an alias can lead back
+                nodes.append(value)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:

@@ -123,6 +123,10 @@ RUNS = {
     "unknown backend": ("model: {spec: demo}\nbackend: torch\n", ["backend is 'torch'"]),
     "unknown override": ("model: {spec: demo, overrides: {layers: 3}}\nbackend: reference\n", ["unknown key 'layers'"]),
     "path to nowhere": ("model: {path: nowhere}\nbackend: reference\n", ["nowhere"]),
+    "key given twice": (
+        "model: {spec: demo}\nengine: {max_batch: 2}\nengine: {block_size: 8}\n",
+        ["key 'engine' is there twice: ", "run.yaml, line 3"],
+    ),
     "not YAML": ("model: [", ["not a YAML file"]),
     "not a mapping": ("- 1\n", ["not a run configuration"]),
     "not text": (b"\xff\xfe\x00", ["not a YAML file"]),
