@@ -11,10 +11,13 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
+
 from ..models.dtypes import Bits8
-from .pages import PAGE
+from .pages import PAGE, empty_pages
 
 _ALIGNMENT = 512  # of memory that a disk takes
+_RUN_BYTES = 4 << 20  # moved at a time to where a disk takes it
 _LEAST_BYTES = 1 << 20  # a smaller write would wait for the disk longer than the copy takes
 _SYNC_BYTES = 256 << 20  # written through the cache between syncs, so that dirty pages never pile up
 
@@ -34,7 +37,7 @@ class OutputFile:
         os.posix_fallocate(self._file, 0, size)
 
     def write(self, data: Bits8, offset: int) -> None:
-        """The bytes of a contiguous array; its whole pages directly where memory and file system allow it."""
+        """The bytes of a contiguous array; its whole pages directly where the file system allows it."""
         view, address, done = data.data, data.ctypes.data, 0
         while done < len(view):
             done += self._write_some(view[done:], offset + done, address + done)
@@ -56,9 +59,11 @@ class OutputFile:
         """Write a first part; how many bytes."""
         before = -offset % PAGE
         whole = (len(view) - before) // PAGE * PAGE
-        if not self._is_direct or whole < _LEAST_BYTES or (address + before) % _ALIGNMENT:
+        if not self._is_direct or whole < _LEAST_BYTES:
             return self._write_cached(view, offset)
-        return self._write_cached(view[:before], offset) if before else self._write_direct(view[:whole], offset)
+        if before:
+            return self._write_cached(view[:before], offset)
+        return self._write_direct(view[:whole] if address % _ALIGNMENT == 0 else _aligned(view[:whole]), offset)
 
     def _write_direct(self, view: memoryview, offset: int) -> int:
         assert self._direct is not None
@@ -81,6 +86,14 @@ class OutputFile:
             os.fdatasync(self._file)
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
         return count
+
+
+def _aligned(view: memoryview) -> memoryview:
+    """A copy of a first part that a disk takes."""
+    part = np.frombuffer(view[:_RUN_BYTES], np.uint8)
+    copy = empty_pages(part.shape, np.uint8)
+    copy[:] = part
+    return copy.data
 
 
 def _open_direct(path: Path) -> int | None:
