@@ -82,12 +82,12 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
         topk_group=get.integer("topk_group", 1) if group_limited else 1,
         topk_method=topk_method,
         scoring_func=config.get("scoring_func") or ("softmax" if softmax else "sigmoid"),
-        norm_topk_prob=bool(config.get("norm_topk_prob", not softmax)),
+        norm_topk_prob=get.flag("norm_topk_prob", not softmax),
         routed_scaling_factor=get.number("routed_scaling_factor", 1.0),
         num_nextn_predict_layers=get.integer("num_nextn_predict_layers", get.integer("num_mtp_layers", 0)),
         rope_theta=get.number("rope_theta", _number(rope, "rope_theta", 10000.0, where)),
         yarn=_yarn(rope, where),
-        rope_interleave=bool(config.get("rope_interleave", True)),
+        rope_interleave=get.flag("rope_interleave", True),
         max_position_embeddings=get.integer("max_position_embeddings", 4096),
         rms_norm_eps=get.number("rms_norm_eps", 1e-6),
         bos_token_id=config.get("bos_token_id"),
@@ -148,6 +148,12 @@ class _Reader:
         if not isinstance(value, int) or isinstance(value, bool):
             raise InputError(f"{key} is {value!r}", self._where, "give an integer")
         return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._config.get(key)
+        if not isinstance(value, bool | None):
+            raise InputError(f"{key} is {value!r}", self._where, "give true or false")
+        return default if value is None else value
 
     def number(self, key: str, default: float) -> float:
         return _number(self._config, key, default, self._where)

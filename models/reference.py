@@ -10,7 +10,7 @@ Shape letters: T new tokens, S visible tokens (cached and new), H heads, N nope 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -183,7 +183,7 @@ class ReferenceModel:
             outputs.append(attend(q_nope_THN[rows], q_rope_THR[rows], visible_SX, kv_b_HYC, self._scale))
         return np.concatenate(outputs).reshape(len(x_TD), -1) @ self._weights[f"{prefix}.o_proj.weight"].T
 
-    def _attend(self, queries: int):  # type: ignore[no-untyped-def]  # two functions of one signature
+    def _attend(self, queries: int) -> Callable[..., FloatArray]:
         absorbed = self.form == "absorbed" or (self.form == "auto" and queries == 1)
         return attend_absorbed if absorbed else attend_naive
 

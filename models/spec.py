@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class Yarn:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            _check_positive(f"yarn.{name}", getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Fp8Blocks:
@@ -39,6 +44,10 @@ class Fp8Blocks:
 
     block: tuple[int, int] = (128, 128)
     scale_fmt: str | None = None  # "ue8m0": multipliers are powers of two
+
+    def __post_init__(self) -> None:
+        if len(self.block) != 2 or not all(isinstance(size, int) and size > 0 for size in self.block):
+            _fail("fp8.block", self.block, "[rows, columns]")
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,7 @@ class ModelSpec:
         if self.family not in FAMILIES:
             _fail("family", self.family, f"one of {', '.join(FAMILIES)}")
         for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                _fail(name, getattr(self, name), "a positive number")
+            _check_positive(name, getattr(self, name))
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 _fail(name, getattr(self, name), "zero or more")
@@ -121,8 +129,7 @@ class ModelSpec:
             _fail("topk_method", self.topk_method, f"one of {', '.join(TOPK_METHODS)}")
         if (self.topk_method == "noaux_tc") != (self.scoring_func == "sigmoid"):
             _fail("topk_method", self.topk_method, "noaux_tc with sigmoid scores, greedy methods with softmax scores")
-        if self.moe_intermediate_size <= 0:
-            _fail("moe_intermediate_size", self.moe_intermediate_size, "a positive number")
+        _check_positive("moe_intermediate_size", self.moe_intermediate_size)
         if not 0 < self.num_experts_per_tok <= self.n_routed_experts:
             _fail("num_experts_per_tok", self.num_experts_per_tok, f"1 to n_routed_experts = {self.n_routed_experts}")
         if self.n_group < 1 or self.n_routed_experts % self.n_group:
@@ -186,6 +193,11 @@ def _fail(field: str, value: object, wanted: str) -> None:
     raise InputError(f"{field} is {value!r}", "model spec", f"give {wanted}")
 
 
+def _check_positive(field: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        _fail(field, value, "a positive number")
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """``did you mean X?`` for a misspelt name, or what there is to choose from when nothing is close."""
     known = sorted(known)
@@ -221,15 +233,22 @@ def _check_type(name: str, value: Any, annotation: Any, where: str) -> None:
 
 def spec_from_dict(values: Mapping[str, Any], where: str) -> ModelSpec:
     """Build a spec from plain data (a YAML of ``configs/model``); ``where`` names the source in errors."""
-    values = dict(values)
-    if values.get("yarn") is not None and not isinstance(values["yarn"], Yarn):
-        values["yarn"] = _build(Yarn, values["yarn"], f"{where}: yarn")
-    if values.get("fp8") is not None and not isinstance(values["fp8"], Fp8Blocks):
-        fp8 = dict(values["fp8"])
-        if "block" in fp8:
-            fp8["block"] = tuple(fp8["block"])
-        values["fp8"] = _build(Fp8Blocks, fp8, f"{where}: fp8")
-    if "eos_token_ids" in values:
-        values["eos_token_ids"] = tuple(values["eos_token_ids"])
+    values = _with_tuple(values, "eos_token_ids", where)
+    for name, kind in (("yarn", Yarn), ("fp8", Fp8Blocks)):
+        section = values.get(name)
+        if section is None:
+            continue
+        if not isinstance(section, Mapping):
+            raise InputError(f"{name} is {section!r}", where, "give a section of keys, or null")
+        values[name] = _build(kind, _with_tuple(section, "block", f"{where}: {name}"), f"{where}: {name}")
     spec: ModelSpec = _build(ModelSpec, values, where)
     return spec
+
+
+def _with_tuple(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """A copy in which the list ``name``, if there is one, is a tuple."""
+    if name not in values:
+        return dict(values)
+    if not isinstance(values[name], (list, tuple)):
+        raise InputError(f"{name} is {values[name]!r}", where, "give a list of integers")
+    return {**values, name: tuple(values[name])}

@@ -8,7 +8,7 @@ import pytest
 from deepspan.models.catalog import load_spec, spec_names
 from deepspan.models.errors import InputError
 from deepspan.models.hf_config import spec_from_hf
-from deepspan.models.spec import ModelSpec, Yarn
+from deepspan.models.spec import Fp8Blocks, ModelSpec, Yarn
 
 V3_CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -145,6 +145,8 @@ def test_relatives_are_refused_by_the_names_people_use(name):
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
         ({"rope_scaling": {"type": "yarn"}}, "yarn without factor"),
         ({"eos_token_id": "1"}, "not a token id"),
+        ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false'"),
+        ({"rope_interleave": 1}, "rope_interleave is 1"),
         ({"n_group": 7}, "n_group is 7"),
         ({"topk_group": 9}, "topk_group is 9"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
@@ -171,6 +173,29 @@ def test_overrides_are_validated():
         spec.replace({"num_layers": 5})
     with pytest.raises(InputError, match="hidden_size is '5'"):
         spec.replace({"hidden_size": "5"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"yarn": 3}, "yarn is 3: model.overrides: give a section of keys, or null"),
+        ({"fp8": [128, 128]}, r"fp8 is \[128, 128\]: model.overrides: give a section"),
+        ({"fp8": {"block": 128}}, "block is 128: model.overrides: fp8: give a list"),
+        ({"fp8": {"block": [0, 128]}}, r"fp8.block is \(0, 128\)"),
+        ({"fp8": {"block": ["a", 128]}}, "fp8.block is "),
+        ({"eos_token_ids": 5}, "eos_token_ids is 5: model.overrides: give a list"),
+        ({"yarn": {"factor": 0, "original_max_position_embeddings": 64}}, "yarn.factor is 0"),
+        ({"yarn": {"factor": float("nan"), "original_max_position_embeddings": 64}}, "yarn.factor is nan"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    ],
+)
+def test_sections_and_numbers_of_overrides_are_checked(changes, message):
+    with pytest.raises(InputError, match=message):
+        load_spec("deepseek_v3").replace(changes)
+
+
+def test_a_layout_of_blocks_is_read_as_a_list():
+    assert load_spec("deepseek_v3").replace({"fp8": {"block": [64, 32]}}).fp8 == Fp8Blocks((64, 32))
 
 
 def test_unknown_name_suggests_the_nearest():

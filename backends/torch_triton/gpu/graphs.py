@@ -1,8 +1,7 @@
 """Decode steps of fixed sizes, recorded once and replayed: the host starts a step with one call, and may start the next
 one before it has seen what came of it.
 
-A step of B sequences runs in the smallest recorded size that holds them. Recording happens at the first use of a size;
-`warm_up` does it for all sizes of the run at load.
+A step of B sequences runs in the smallest size that holds them, which is recorded when it is first used.
 
 Shape letters: B sequences, Q new tokens of each, O = B Q outputs, V vocabulary.
 """
@@ -50,11 +49,6 @@ class DecodeSteps:
         self._records = run.engine.graphs and device.type != "cpu"
         self._pool = torch.get_device_module(device).graph_pool_handle() if self._records else None
         self._steps: dict[Size, DecodeStep] = {}
-
-    def warm_up(self) -> None:
-        """Record greedy steps of one token a sequence in all sizes, the largest first: others fit into its memory."""
-        for count in reversed(self._sizes):
-            self._step(Size(count, 1, Draw.GREEDY))
 
     def start(self, batch: StepBatch, sequences: int, queries: int, how: Draw) -> Started:
         """Queue the step, of at most ``sequences``. Every rank runs the same size."""

@@ -23,7 +23,6 @@ class Bf16Weight(NamedTuple):
     codes: Tensor  # [N, K]
 
 
-Matrix = Bf16Weight | Fp8Weight | Int8Weight | Int4Weight
 M = TypeVar("M", Bf16Weight, Fp8Weight, Int8Weight, Int4Weight)
 Reorder = Callable[[Tensor], Tensor]
 
