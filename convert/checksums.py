@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from . import fast_weights
+from . import speed
 
 _POLYNOMIAL = 0xEDB88320  # reflected: bit 31 is the coefficient of x ** 0
 _ONE = 1 << 31
@@ -21,7 +21,7 @@ _ONE = 1 << 31
 
 def crc32(data: NDArray[np.uint8]) -> int:
     """`zlib.crc32` of a contiguous array, several times as fast where the ``speed`` extra is installed."""
-    if not fast_weights.HAS_KERNELS:
+    if not speed.HAS_KERNELS:
         return zlib.crc32(data.data)
     from . import fast_checksums  # numba takes a second to import
 

@@ -24,7 +24,7 @@ from .pages import empty_pages
 HAS_PERMUTATION = bool(llvm.get_host_cpu_features().get("avx512bw"))
 _LANES = 32
 _TILE = 128  # a square of 16-bit elements that stays in the first-level cache
-_SQUARE = 8  # what is transposed in registers
+_VECTOR_BYTES = 16  # as many rows of as many elements as it holds are transposed in registers
 # Scales for which no product overflows, no normal code's product is a BF16 denormal, and scale * 2 ** 120 is finite.
 _SCALES = np.float32(2.0**-100), np.float32(2.0**6)
 _MANTISSAS = np.concatenate([(1 + np.arange(8) / 8) * 2.0**-7, np.arange(8) / 8 * 2.0**-6]).astype(np.float32)
@@ -155,50 +155,54 @@ def _largest_magnitude(codes_K):  # type: ignore[no-untyped-def]
 
 
 def can_transpose(out_KN: NDArray, source_NK: NDArray) -> bool:
-    """Whether `transpose` takes these arrays: rows of 16-bit elements, in whole squares of 8 x 8."""
-    return all(
-        array.itemsize == 2
-        and array.strides[1] == 2
-        and array.shape[0] % _SQUARE == 0
-        and array.shape[1] % _SQUARE == 0
+    """Whether `transpose` takes these arrays: 8 or 16 bits an element, in whole squares of 16 x 16 or 8 x 8."""
+    size = source_NK.itemsize
+    square = _VECTOR_BYTES // size
+    return size in _CARRIERS and all(
+        array.itemsize == size and array.strides[1] == size and not (array.shape[0] % square or array.shape[1] % square)
         for array in (out_KN, source_NK)
     )
 
 
 def transpose(out_KN: NDArray, source_NK: NDArray) -> None:
     """``out[...] = source.T`` where `can_transpose` says so."""
-    _transpose(out_KN.view(np.uint16), source_NK.view(np.uint16))
+    carrier = _CARRIERS[source_NK.itemsize]
+    _transpose(out_KN.view(carrier), source_NK.view(carrier))
 
 
-_ROW = ir.VectorType(ir.IntType(16), _SQUARE)
-# Of two rows a and b, the first halves as a0 b0 a1 b1 ..., and the second halves.
-_INTERLEAVED = [
-    ir.Constant(ir.VectorType(ir.IntType(32), _SQUARE), [half + i // 2 + i % 2 * _SQUARE for i in range(_SQUARE)])
-    for half in (0, _SQUARE // 2)
-]
+_CARRIERS = {1: np.uint8, 2: np.uint16}
 
 
 @intrinsic
 def _turn_square(typing_context, source, start, step, out, out_start, out_step):  # type: ignore[no-untyped-def]
-    """A square of ``source``, eight rows ``step`` elements apart from the element ``start`` on, turned into ``out``.
+    """A square of ``source``, rows ``step`` elements apart from the element ``start`` on, turned into ``out``.
 
-    Interleaving row i with row i + 4 three times transposes; each time is eight instructions of every vector unit.
+    A square of eight rows is transposed by interleaving row i with row i + 4 three times, one of sixteen by rows i and
+    i + 8 four times; each time is an instruction a row of every vector unit.
     """
     signature = types.void(source, types.intp, types.intp, out, types.intp, types.intp)
+
+    side = _VECTOR_BYTES * 8 // source.dtype.bitwidth
+    vector = ir.VectorType(ir.IntType(source.dtype.bitwidth), side)
+    # Of two rows a and b, the first halves as a0 b0 a1 b1 ..., and the second halves.
+    interleaved = [
+        ir.Constant(ir.VectorType(ir.IntType(32), side), [half + i // 2 + i % 2 * side for i in range(side)])
+        for half in (0, side // 2)
+    ]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         def pointer(argument, row):  # type: ignore[no-untyped-def]
             array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
             first, step = arguments[argument + 1], arguments[argument + 2]
             place = builder.add(first, builder.mul(step, ir.Constant(ir.IntType(64), row)))
-            return builder.bitcast(builder.gep(array.data, [place]), _ROW.as_pointer())
+            return builder.bitcast(builder.gep(array.data, [place]), vector.as_pointer())
 
-        rows = [builder.load(pointer(0, row), align=2) for row in range(_SQUARE)]
-        for _ in range(3):
-            pairs = [(rows[i // 2], rows[i // 2 + _SQUARE // 2], _INTERLEAVED[i % 2]) for i in range(_SQUARE)]
+        rows = [builder.load(pointer(0, row), align=1) for row in range(side)]
+        for _ in range(side.bit_length() - 1):
+            pairs = [(rows[i // 2], rows[i // 2 + side // 2], interleaved[i % 2]) for i in range(side)]
             rows = [builder.shuffle_vector(*pair) for pair in pairs]
         for row, values in enumerate(rows):
-            builder.store(values, pointer(3, row), align=2)
+            builder.store(values, pointer(3, row), align=1)
         return context.get_dummy_value()
 
     return signature, generate
@@ -207,9 +211,10 @@ def _turn_square(typing_context, source, start, step, out, out_start, out_step):
 @njit(nogil=True, cache=True, error_model="numpy")
 def _transpose(out, source):  # type: ignore[no-untyped-def]
     rows, columns = source.shape
-    step, out_step = source.strides[0] // 2, out.strides[0] // 2
+    step, out_step = source.strides[0] // source.itemsize, out.strides[0] // out.itemsize
+    square = _VECTOR_BYTES // source.itemsize
     for first in range(0, rows, _TILE):
         for left in range(0, columns, _TILE):
-            for column in range(left, min(left + _TILE, columns), _SQUARE):
-                for row in range(first, min(first + _TILE, rows), _SQUARE):
+            for column in range(left, min(left + _TILE, columns), square):
+                for row in range(first, min(first + _TILE, rows), square):
                     _turn_square(source, row * step + column, step, out, column * out_step + row, out_step)

@@ -21,15 +21,13 @@ from ..models.errors import InputError
 from ..models.layouts.placement import Placement, TargetTensor
 from ..models.params import Param
 from ..models.quant import result_dtype, round_to
-from . import fast_weights
 from .formats import Range
 from .pages import empty_pages
 from .plan import Output
 from .safetensors import Reader, TensorInfo
+from .transposing import contiguous, put
 
 _READ_AS = {"BF16": "bf16", "F32": "f32", "F16": "f32"}
-_TILE = 128  # a square of 16-bit elements that stays in the second-level cache, twice
-_RUN = 1 << 20  # elements that are turned at a time
 
 
 class CanonicalReader(Protocol):
@@ -38,11 +36,19 @@ class CanonicalReader(Protocol):
     def read(self, name: str, dtype: str, rows: Range | None = None, cols: Range | None = None) -> NDArray: ...
 
 
+class TransposingReader(CanonicalReader, Protocol):
+    """What `FastWeights` offers beside: ``read(...).T``, contiguous."""
+
+    def read_transposed(
+        self, name: str, dtype: str, rows: Range | None = None, cols: Range | None = None
+    ) -> NDArray: ...
+
+
 # Canonical to layout ------------------------------------------------------------------------------------------------
 
 
 def target_output(
-    target: TargetTensor, weights: CanonicalReader, shapes: Mapping[str, tuple[int, ...]], sources: Iterable[str]
+    target: TargetTensor, weights: TransposingReader, shapes: Mapping[str, tuple[int, ...]], sources: Iterable[str]
 ) -> Output:
     """How to make a target from canonical weights; ``sources`` are the stored tensors that it consumes."""
     matrix = target.shape[-2:]
@@ -50,6 +56,8 @@ def target_output(
     for placement in target.placements:
         placed[placement.index or 0].append(placement)
     is_transposed = any(placement.transpose for placement in target.placements)
+    unit = matrix[0] if is_transposed else 1
+    width = matrix[1] if len(matrix) > 1 else 1
     read_bytes = 1 + result_dtype(_READ_AS[target.dtype]).itemsize  # a stored code and its value
     return Output(
         name=target.name,
@@ -58,93 +66,72 @@ def target_output(
         sources=tuple(sources),
         make=partial(_make_rows, target, placed, weights, shapes),
         rows=prod(target.shape[:-1]) if len(target.shape) > 1 else target.shape[0],
-        unit=matrix[0] if is_transposed else 1,
-        # rows that are gathered lie among up to three times as many
-        work_bytes=read_bytes * (max(_RUN, _TILE * matrix[0]) if is_transposed else 3 * prod(target.shape[1:])),
+        unit=unit,
+        # a matrix is held as it is stored and turned; rows that are gathered lie among up to three times as many
+        work_bytes=read_bytes * (2 if is_transposed else 3) * unit * width,
     )
 
 
 def _make_rows(
     target: TargetTensor,
     placed: Mapping[int, Sequence[Placement]],
-    weights: CanonicalReader,
+    weights: TransposingReader,
     shapes: Mapping[str, tuple[int, ...]],
     start: int,
     stop: int,
 ) -> NDArray:
     """Rows of the unfolded target."""
-    height = target.shape[-2] if len(target.shape) > 1 else target.shape[0]
-    width = target.shape[-1] if len(target.shape) > 1 else 1
     dtype = _READ_AS[target.dtype]
-    out = empty_pages((stop - start, width), result_dtype(dtype))
-    for index in range(start // height, -(-stop // height)):
-        first = index * height
-        low, high = max(start, first), min(stop, first + height)
-        for placement in placed[index]:
-            top, left = first + placement.offset[0], placement.offset[1]
-            height_of_piece = placement.piece_shape(shapes[placement.source])[0]
-            begin, end = max(low, top), min(high, top + height_of_piece)
-            if begin < end:
-                rows = out[begin - start : end - start]
-                for column, piece in _pieces(placement, weights, dtype, (begin - top, end - top), shapes):
-                    _copy(rows[:, left + column : left + column + piece.shape[1]], piece)
+    shape = stop - start, target.shape[-1] if len(target.shape) > 1 else 1
+    out: NDArray | None = None
+    for row, column, piece in _pieces(target, placed, weights, shapes, (start, stop)):
+        if piece.shape == shape:  # nothing lies beside it
+            out = contiguous(piece)
+            break
+        if out is None:
+            out = empty_pages(shape, result_dtype(dtype))
+        put(out[row : row + piece.shape[0], column : column + piece.shape[1]], piece)
+    assert out is not None, f"{target.name}: nothing fills rows {start} to {stop}"
     return _as_f16(out, target.name) if target.dtype == "F16" else out
 
 
 def _pieces(
-    placement: Placement, weights: CanonicalReader, dtype: str, rows: Range, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[int, NDArray]]:
-    """Rows of a piece as it lies in the target, always with two axes, in runs of columns: (first column, run)."""
+    target: TargetTensor,
+    placed: Mapping[int, Sequence[Placement]],
+    weights: TransposingReader,
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: Range,
+) -> Iterator[tuple[int, int, NDArray]]:
+    """What fills rows of the unfolded target, always with two axes: (first row among these, first column, piece)."""
+    height = target.shape[-2] if len(target.shape) > 1 else target.shape[0]
+    for index in range(rows[0] // height, -(-rows[1] // height)):
+        for placement in placed[index]:
+            top = index * height + placement.offset[0]
+            begin = max(rows[0], top)
+            end = min(rows[1], (index + 1) * height, top + placement.piece_shape(shapes[placement.source])[0])
+            if begin < end:
+                piece = _piece(placement, weights, _READ_AS[target.dtype], (begin - top, end - top))
+                yield begin - rows[0], placement.offset[1], piece
+
+
+def _piece(placement: Placement, weights: TransposingReader, dtype: str, rows: Range) -> NDArray:
+    """Rows of a placement's piece as it lies in the target."""
     if not placement.transpose:
-        yield 0, _chosen_rows(placement, weights, dtype, rows, placement.columns)
-        return
-    # The target's columns are the source's rows: some at a time, so that only these are held beside the target.
+        return _chosen_rows(placement, weights, dtype, rows)
+    assert placement.rows is None, f"{placement.source}: rows are chosen and transposed"
     first = placement.columns[0] if placement.columns else 0
-    columns = first + rows[0], first + rows[1]
-    height = shapes[placement.source][0] if placement.rows is None else len(placement.rows)
-    step = _TILE * max(1, _RUN // (_TILE * (rows[1] - rows[0])))
-    for start in range(0, height, step):
-        run = start, min(start + step, height)
-        yield start, _chosen_rows(placement, weights, dtype, run, columns).T
+    return weights.read_transposed(placement.source, dtype, None, (first + rows[0], first + rows[1]))
 
 
-def _chosen_rows(
-    placement: Placement, weights: CanonicalReader, dtype: str, rows: Range, columns: Range | None
-) -> NDArray:
+def _chosen_rows(placement: Placement, weights: CanonicalReader, dtype: str, rows: Range) -> NDArray:
     """A run of the source's rows in the placement's order."""
     if placement.rows is None:
-        source = weights.read(placement.source, dtype, rows, columns)
+        source = weights.read(placement.source, dtype, rows, placement.columns)
     else:
         chosen = placement.rows[slice(*rows)]
         span = int(chosen.min()), int(chosen.max()) + 1
-        source = weights.read(placement.source, dtype, span, columns)[chosen - span[0]]
+        source = weights.read(placement.source, dtype, span, placement.columns)[chosen - span[0]]
     return source if source.ndim == 2 else source[:, None]
-
-
-def contiguous(array: NDArray) -> NDArray:
-    """The array itself, or a contiguous copy of a transposed view."""
-    if array.flags.c_contiguous:
-        return array
-    out = np.empty(array.shape, array.dtype)
-    _copy(out, array)
-    return out
-
-
-def _copy(out: NDArray, piece: NDArray) -> None:
-    """``out[...] = piece``; a transposed piece square by square, because a cache holds no column of it."""
-    if piece.flags.c_contiguous or min(piece.shape) <= 1:
-        out[...] = piece
-        return
-    if fast_weights.HAS_KERNELS:
-        from . import kernels  # numba takes a second to import
-
-        if kernels.can_transpose(out, piece.T):
-            kernels.transpose(out, piece.T)
-            return
-    for row in range(0, piece.shape[0], _TILE):
-        for column in range(0, piece.shape[1], _TILE):
-            square = slice(row, row + _TILE), slice(column, column + _TILE)
-            out[square] = np.ascontiguousarray(piece.T[square[::-1]]).T
 
 
 def _as_f16(values: NDArray, name: str) -> NDArray:
@@ -221,6 +208,10 @@ class LayoutWeights:
             for place in places:
                 self._gather(place, dtype, rows, cols, out)
         return out if len(shape) == 2 else out[:, 0]
+
+    def read_transposed(self, name: str, dtype: str, rows: Range | None = None, cols: Range | None = None) -> NDArray:
+        """``read(...).T``, contiguous."""
+        return contiguous(self.read(name, dtype, rows, cols).T)
 
     def _gather(self, place: _Found, dtype: str, rows: Range, cols: Range, out: NDArray) -> None:
         """Put what a placement holds of a window into ``out``."""

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import InputError
-from .layout_io import contiguous
 from .plan import Output
 from .schemes import Scheme, Static
+from .transposing import contiguous
 
 _UNIT = 128  # rows: of FP8's blocks, and few enough for INT8's
 

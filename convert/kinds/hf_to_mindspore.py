@@ -84,6 +84,11 @@ class _ThroughBf16:
             return self._weights.read(name, dtype, rows, cols)
         return bf16_to_f32(self._weights.read(name, "bf16", rows, cols))
 
+    def read_transposed(self, name: str, dtype: str, rows: Range | None = None, cols: Range | None = None) -> NDArray:
+        if dtype == "bf16" or self._weights.format(name) in PLAIN.values():
+            return self._weights.read_transposed(name, dtype, rows, cols)
+        return bf16_to_f32(self._weights.read_transposed(name, "bf16", rows, cols))
+
 
 def _targets(source: HuggingFaceSource, layout: str, options: Options) -> list[TargetTensor]:
     if layout == "infer":

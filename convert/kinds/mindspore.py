@@ -18,7 +18,7 @@ from ..allowances import Allowances, AllowedCheckpoint
 from ..checkpoint import listed
 from ..golden_stick import GoldenStickReader
 from ..inventory import main_table
-from ..layout_io import CanonicalReader, LayoutWeights, target_output
+from ..layout_io import LayoutWeights, TransposingReader, target_output
 from ..meter import Meter
 from ..plan import Output, ShardPlan, SourceFiles, plan_shard
 from ..strict_json import read_object
@@ -128,7 +128,7 @@ def _left_out(targets: Iterable[TargetTensor], table: Mapping[str, Param], spec:
 
 def mindspore_outputs(
     targets: Iterable[TargetTensor],
-    weights: CanonicalReader,
+    weights: TransposingReader,
     params: Mapping[str, Param],
     sources: Callable[[str], Iterable[str]],
 ) -> dict[str, list[Output]]:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from ...models.params import Param
 from ..allowances import Allowances
-from ..layout_io import LayoutWeights, contiguous
+from ..layout_io import LayoutWeights
 from ..plan import Output, Plan
+from ..transposing import contiguous
 from .huggingface import companions, index_files, new_shards
 from .mindspore import MindSporeSource, open_mindspore
 from .options import Options

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ...models.dtypes import FLOATS, bf16_to_f32, to_f32
 from ...models.params import Param
 from ..formats import Range
-from ..layout_io import contiguous
 from ..storage import Stored
+from ..transposing import contiguous
 from .findings import in_parallel
 from .views import View
 

@@ -54,10 +54,11 @@ def test_unusual_scales_and_nan_codes(scale, permute):
         np.testing.assert_array_equal(kernels.fp8_to_bf16(values, grid, (128, 128), (0, 0), permute), expected)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (8, 136), (200, 304), (128, 128), (136, 40), (1024, 264)])
-def test_transpose(shape):
-    source = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
-    out = np.zeros((shape[1], shape[0] + 8), np.uint16)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 144), (208, 304), (128, 128), (144, 48), (1024, 272)])
+def test_transpose(shape, dtype):
+    source = np.random.default_rng(0).integers(0, 2**16, shape).astype(dtype)
+    out = np.zeros((shape[1], shape[0] + 8), dtype)
     inside = out[:, 4:-4]
     assert kernels.can_transpose(inside, source)
     kernels.transpose(inside, source)
@@ -65,7 +66,12 @@ def test_transpose(shape):
     assert not out[:, :4].any() and not out[:, -4:].any()
 
 
-@pytest.mark.parametrize("shape", [(7, 8), (8, 12)])
-def test_transpose_is_only_for_whole_squares(shape):
-    assert not kernels.can_transpose(np.zeros(shape[::-1], np.uint16), np.zeros(shape, np.uint16))
-    assert not kernels.can_transpose(np.zeros((8, 8), np.float32), np.zeros((8, 8), np.float32))
+@pytest.mark.parametrize("shape, dtype", [((7, 8), np.uint16), ((8, 12), np.uint16), ((8, 16), np.uint8)])
+def test_transpose_is_only_for_whole_squares(shape, dtype):
+    assert not kernels.can_transpose(np.zeros(shape[::-1], dtype), np.zeros(shape, dtype))
+
+
+def test_transpose_is_only_for_elements_of_one_or_two_bytes():
+    assert kernels.can_transpose(np.zeros((16, 16), np.uint8), np.zeros((16, 16), np.uint8))
+    assert not kernels.can_transpose(np.zeros((16, 16), np.float32), np.zeros((16, 16), np.float32))
+    assert not kernels.can_transpose(np.zeros((16, 16), np.uint16), np.zeros((16, 16), np.uint8))

@@ -247,7 +247,7 @@ def test_fp16_does_not_overflow_silently(tmp_path):
 @pytest.mark.parametrize("kind", ["fp8-to-bf16", "hf-to-mindspore"])
 def test_numpy_alone_gives_the_same_bytes(tmp_path, monkeypatch, kind):
     compiled = convert(kind, DEMO, tmp_path / "a")
-    monkeypatch.setattr("deepspan.convert.fast_weights.HAS_KERNELS", False)
+    monkeypatch.setattr("deepspan.convert.speed.HAS_KERNELS", False)
     assert files(convert(kind, DEMO, tmp_path / "b")) == files(compiled)
 
 
