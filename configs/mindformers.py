@@ -108,11 +108,11 @@ def _sizes(keys: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _launch(parallel: Mapping[str, int]) -> dict[str, Any]:
+def _launch(parallel: Mapping[str, Any]) -> dict[str, Any]:
     """The launcher that these YAMLs are written for, unless one process is all; an Atlas node has eight NPUs."""
-    ranks = math.prod(parallel.get(degree, 1) for degree in ("tp", "dp", "pp"))
-    if ranks == 1:
-        return {}
+    degrees = [parallel.get(degree, 1) for degree in ("tp", "dp", "pp")]
+    if not all(isinstance(degree, int) for degree in degrees) or (ranks := math.prod(degrees)) == 1:
+        return {}  # what is no number is refused as part of the run
     return {"launcher": "msrun", "nodes": -(-ranks // _NPUS), "procs_per_node": min(ranks, _NPUS)}
 
 
@@ -123,7 +123,7 @@ def _dtype(keys: dict[str, Any]) -> str:
 
 
 def _gib(text: Any, where: str) -> float:
-    match = re.fullmatch(r"\s*([0-9.]+)\s*GB\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*GB\s*", str(text))
     if not match:
         raise InputError(f"max_device_memory is {text!r}", where, "write it as 61GB")
     return float(match[1])

@@ -5,7 +5,7 @@ one sequence at a time. Tokens that see the same number of cache blocks attend t
 padded depends on its own position only, so its result has the same bits in any batch.
 
 Shape letters: T tokens of the step, B sequences, A tokens in absorbed form, G those of one group, M cache blocks,
-S positions of the blocks, Q new tokens of one sequence.
+S positions of the blocks, Q new tokens of one sequence, V positions that its last one sees.
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ def places_of(batch: StepBatch, block_size: int) -> Places:
     positions_T = np.arange(len(sequence_T)) - starts_B[sequence_T] + batch.context_lens_B[sequence_T]
     blocks_T = batch.block_tables_BM[sequence_T, positions_T // block_size].astype(np.int64)
     return Places(sequence_T, positions_T, blocks_T * block_size + positions_T % block_size, starts_B)
+
+
+def visible_slots(batch: StepBatch, sequence: int, block_size: int) -> NDArray[np.int64]:
+    """Where the flattened cache holds all positions that a sequence's last new token sees, in order."""
+    positions_V = np.arange(batch.context_lens_B[sequence] + batch.query_lens_B[sequence])
+    blocks_V = batch.block_tables_BM[sequence, positions_V // block_size].astype(np.int64)
+    return blocks_V * block_size + positions_V % block_size
 
 
 def make_plan(batch: StepBatch, block_size: int, dtype: torch.dtype, replica_tokens: list[int]) -> Plan:

@@ -109,6 +109,8 @@ def test_the_mcore_form_names_its_weights_otherwise(tmp_path):
     [
         ({"run_mode": "finetune"}, "give a YAML with run_mode predict"),
         ({"context.max_device_memory": "lots"}, "write it as 61GB"),
+        ({"context.max_device_memory": "6.1.2GB"}, "write it as 61GB"),
+        ({"parallel_config.model_parallel": "many"}, "parallel.tp is 'many'"),
         ({"model.model_config.seq_length": "long"}, "engine.max_seq_len is 'long'"),
         ({"load_checkpoint": ""}, "model"),
     ],

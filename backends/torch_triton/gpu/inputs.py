@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...base import IntArray, StepBatch, output_rows
 from ..kernels.prompt_attention import TILE_QUERIES, Tile
-from ..plan import ABSORBED_QUERIES
+from ..plan import ABSORBED_QUERIES, places_of, visible_slots
 
 _MULTIPLE = 8  # rows of a step with prompts: what cuBLASLt wants of scaled operands
 
@@ -74,13 +74,8 @@ def same_queries(batch: StepBatch) -> int | None:
 
 def positions_and_slots(batch: StepBatch, block_size: int) -> tuple[IntArray, IntArray]:
     """Each token's position in its sequence and its slot in the flattened cache."""
-    lens_B = batch.query_lens_B.astype(np.int64)
-    sequence_T = np.repeat(np.arange(len(lens_B)), lens_B)
-    starts_B = np.cumsum(lens_B) - lens_B
-    positions_T = np.arange(len(sequence_T)) - starts_B[sequence_T] + batch.context_lens_B[sequence_T]
-    blocks_T = batch.block_tables_BM[sequence_T, positions_T // block_size].astype(np.int64)
-    slots_T = blocks_T * block_size + positions_T % block_size
-    return positions_T.astype(np.int32), slots_T.astype(np.int32)
+    places = places_of(batch, block_size)
+    return places.positions_T.astype(np.int32), places.slots_T.astype(np.int32)
 
 
 def mixed_step(
@@ -162,9 +157,7 @@ def _prompts(batch: StepBatch, sequences: list[int], block_size: int) -> tuple[N
     start = 0
     for sequence in sequences:
         context, queries = int(batch.context_lens_B[sequence]), int(batch.query_lens_B[sequence])
-        position_S = np.arange(context + queries)
-        block_S = batch.block_tables_BM[sequence, position_S // block_size].astype(np.int64)
-        slots.append(block_S * block_size + position_S % block_size)
+        slots.append(visible_slots(batch, sequence, block_size))
         for first in range(0, queries, TILE_QUERIES):
             count = min(TILE_QUERIES, queries - first)
             tiles.append(Tile(int(rows_B[sequence]) + first, count, start, context + first))

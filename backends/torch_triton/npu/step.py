@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...base import StepBatch
-from ..plan import ABSORBED_QUERIES, Places, Rows, places_of, rows_of
+from ..plan import ABSORBED_QUERIES, Places, Rows, places_of, rows_of, visible_slots
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,7 @@ def _prompts(
     batch: StepBatch, places: Places, own_B: NDArray[np.int64], block_size: int, device: torch.device
 ) -> Prompts:
     visible_B = _visible(batch, own_B)
-    slots = []
-    for sequence, visible in zip(own_B.tolist(), visible_B.tolist(), strict=True):
-        position_V = np.arange(visible)
-        block_V = batch.block_tables_BM[sequence, position_V // block_size].astype(np.int64)
-        slots.append(block_V * block_size + position_V % block_size)
+    slots = [visible_slots(batch, sequence, block_size) for sequence in own_B.tolist()]
     return Prompts(
         rows=_rows(places, own_B, device),
         query_ends=np.cumsum(batch.query_lens_B[own_B]).tolist(),
