@@ -207,7 +207,7 @@ def launch_around_attention(chip: chips.Chip) -> None:
 
 
 def launch_prompts(chip: chips.Chip) -> None:
-    kv, rope, tiles = empty(5000, 128, 256), empty(5000, 576)[:, 512:], empty(8, 4, dtype=torch.int32)
+    kv, rope, tiles = empty(5000, 128, 256), empty(5000, 576)[:, 512:], empty(16, 4, dtype=torch.int32)
     for config in (None, prompt_attention.plain(chip)):
         prompt_attention.prompt_attention(empty(1000, 128, 192), kv, rope, tiles, empty(1000, 128, 128), 0.1, config)
     sorted_pairs = pairs.sort_pairs(empty(600, 9, dtype=torch.int32), 257, 64)

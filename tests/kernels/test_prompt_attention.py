@@ -42,13 +42,13 @@ def test_hopper_has_a_kernel_for_much_work_of_deepseeks_sizes():
     hopper = chip_named("sm_90")
     q, kv, rotated = torch.empty(9, 128, 192), torch.empty(9, 128, 256), torch.empty(9, 576)[:, 512:]
     q, kv, rotated = (x.bfloat16() for x in (q, kv, rotated))
-    assert kernel.choose(q, kv, rotated, 8, hopper) == kernel.HOPPER
+    assert kernel.choose(q, kv, rotated, 16, hopper) == kernel.HOPPER
     others = [
-        (q, kv, rotated, 7, hopper),
-        (q, kv, rotated, 8, chip_named("sm_100")),
-        (q, kv, rotated[:, :32], 8, hopper),
+        (q, kv, rotated, 15, hopper),
+        (q, kv, rotated, 16, chip_named("sm_100")),
+        (q, kv, rotated[:, :32], 16, hopper),
     ]
-    others += [(q[:, ::2], kv, rotated, 16, hopper), (q, kv[:, :, :200], rotated, 8, hopper)]
+    others += [(q[:, ::2], kv, rotated, 32, hopper), (q, kv[:, :, :200], rotated, 16, hopper)]
     assert all(kernel.choose(*other) != kernel.HOPPER for other in others)
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from . import entries, pdl
 from .chips import check, chip_of, options
 from .rope_cache import Tables, angles, rope_cache_eager, rotated, write_entries
+from .sizes import cdiv, power_of_2
 
 FEW_TOKENS = 8
 _SPLITS = 2  # programs of a head
@@ -95,13 +96,13 @@ def absorb(
     chip = chip_of(cache.device)
     out = torch.empty(tokens, heads, latent + rope, dtype=torch.bfloat16, device=cache.device)
     block_t = 16
-    block_c = triton.next_power_of_2(latent)
+    block_c = power_of_2(latent)
     splits = max(1, min(_SPLITS, block_c // 16))
-    _absorb[(heads * splits + 1, triton.cdiv(tokens, block_t))](
+    _absorb[(heads * splits + 1, cdiv(tokens, block_t))](
         q_THY, *q_THY.stride()[:2], k_b_HNC, *k_b_HNC.stride()[:2], out, *out.stride()[:2], kv_TX, kv_TX.stride(0),
         weight_C, eps, positions_T, slots_T, *tables, cache, *cache.stride()[:2], tokens, heads, nope, latent, rope,
-        SPLITS=splits, PAGE=cache.shape[1], BLOCK_T=block_t, BLOCK_N=max(16, triton.next_power_of_2(nope)),
-        BLOCK_J=max(16, block_c // splits), BLOCK_C=block_c, BLOCK_Z=triton.next_power_of_2(rope // 2),
+        SPLITS=splits, PAGE=cache.shape[1], BLOCK_T=block_t, BLOCK_N=max(16, power_of_2(nope)),
+        BLOCK_J=max(16, block_c // splits), BLOCK_C=block_c, BLOCK_Z=power_of_2(rope // 2),
         INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch, **options(chip, 8),
     )  # fmt: skip
     return out

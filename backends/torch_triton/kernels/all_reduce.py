@@ -19,6 +19,7 @@ import triton.language as tl
 
 from . import pdl
 from .chips import check, chip_of, options
+from .sizes import cdiv, power_of_2
 
 BLOCK = 2048
 BLOCKS = 384  # few enough for all of a chip's programs to wait at a time
@@ -88,7 +89,7 @@ def all_reduce(x: torch.Tensor, peers: Peers) -> None:
     check(x.dtype == torch.bfloat16 and x.is_contiguous(), f"{x.dtype} of strides {x.stride()}", "all_reduce")
     check(x.numel() <= ROOM, f"{x.numel()} numbers", "all_reduce")
     chip = chip_of(x.device)
-    _all_reduce[(triton.cdiv(x.numel(), BLOCK),)](
+    _all_reduce[(cdiv(x.numel(), BLOCK),)](
         x, peers.addresses_R, peers.counts_B, x.numel(), peers.rank, RANKS=len(peers),
-        BLOCK_R=triton.next_power_of_2(len(peers)), BLOCK=BLOCK, PDL=chip.dependent_launch, **options(chip, _WARPS),
+        BLOCK_R=power_of_2(len(peers)), BLOCK=BLOCK, PDL=chip.dependent_launch, **options(chip, _WARPS),
     )  # fmt: skip

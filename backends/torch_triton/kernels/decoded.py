@@ -13,6 +13,7 @@ import triton.language as tl
 from . import int4, pdl
 from .chips import check, chip_of, options
 from .quant import GROUP
+from .sizes import cdiv
 from .weights import Int4Weight
 
 _BLOCK_N = 64
@@ -48,7 +49,7 @@ def decoded(weight: Int4Weight) -> torch.Tensor:
     check(codes.stride(1) == scales.stride(1) == 1, "rows must be contiguous", name)
     chip = chip_of(codes.device)
     out_NK = torch.empty(rows, weight.inputs, dtype=torch.bfloat16, device=codes.device)
-    _decoded[(triton.cdiv(rows, _BLOCK_N), triton.cdiv(weight.inputs, GROUP))](
+    _decoded[(cdiv(rows, _BLOCK_N), cdiv(weight.inputs, GROUP))](
         codes, codes.stride(0), scales, scales.stride(0), weight.order, out_NK, rows, weight.inputs,
         GROUPS=GROUP // weight.group, BLOCK_N=_BLOCK_N, INSTRUCTION=chip.name.startswith("sm_"),
         PDL=chip.dependent_launch, **options(chip, 4),

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import pdl
 from .chips import check, chip_of, options
+from .sizes import cdiv
 
 BLOCK_D = 1024
 
@@ -46,7 +47,7 @@ def embed(token_ids_T: torch.Tensor, last_O: torch.Tensor, table_ND: torch.Tenso
     tokens, (rows, hidden) = len(token_ids_T), table_ND.shape
     out_TD = torch.empty(tokens, hidden, dtype=table_ND.dtype, device=table_ND.device)
     chip = chip_of(table_ND.device)
-    _embed[(tokens, triton.cdiv(hidden, BLOCK_D))](
+    _embed[(tokens, cdiv(hidden, BLOCK_D))](
         token_ids_T, last_O, table_ND, table_ND.stride(0), out_TD, first, rows, hidden, BLOCK_D=BLOCK_D,
         PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip

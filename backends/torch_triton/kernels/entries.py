@@ -17,6 +17,7 @@ from ..cache import FP8_CACHE, from_entries
 from . import e4m3, pdl
 from .chips import check, chip_of, options
 from .quant import quantise_groups
+from .sizes import cdiv, power_of_2
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def check_cache(cache: torch.Tensor, latent: int, rope: int, kernel: str) -> Non
     """Refuse what is neither a BF16 nor an FP8 cache of such entries."""
     width = latent + rope
     if cache.dtype == FP8_CACHE:
-        width = latent + 4 * triton.cdiv(latent, CACHE_GROUP) + 2 * rope
+        width = latent + 4 * cdiv(latent, CACHE_GROUP) + 2 * rope
         aligned = not any(number % 4 for number in (latent, *cache.stride()[:2]))
         check(aligned, f"FP8 cache of latents of {latent} with strides {cache.stride()}", kernel)
     check(cache.dim() == 3 and cache.shape[2] == width, f"cache {tuple(cache.shape)}, not of {width}", kernel)
@@ -132,9 +133,9 @@ def read_entries(cache: torch.Tensor, slots_S: torch.Tensor, latent: int, rope: 
     chip = chip_of(cache.device)
     out = torch.empty(len(slots_S), latent + rope, dtype=torch.bfloat16, device=cache.device)
     block_s = 16
-    _read[(triton.cdiv(len(slots_S), block_s),)](
+    _read[(cdiv(len(slots_S), block_s),)](
         cache, *cache.stride()[:2], slots_S, out, len(slots_S), PAGE=cache.shape[1], C=latent, R=rope, BLOCK_S=block_s,
-        BLOCK_C=triton.next_power_of_2(latent), BLOCK_R=triton.next_power_of_2(rope), INSTRUCTION=chip.decodes_fp8,
+        BLOCK_C=power_of_2(latent), BLOCK_R=power_of_2(rope), INSTRUCTION=chip.decodes_fp8,
         PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, options
 from .quant import GROUP, Codes, dequantise
+from .sizes import cdiv, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, inputs_of, matrix_of
 
 
@@ -196,7 +197,7 @@ def _launch(
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     outputs = out.shape[-1]
     pointers, constants = arguments(weight, chip)
-    _rows[(triton.cdiv(outputs, block_n), len(pairs.expert_U))](
+    _rows[(cdiv(outputs, block_n), len(pairs.expert_U))](
         values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, len(weight.codes),
         outputs, inputs_of(weight), choices, BLOCK_M=config.block_m, BLOCK_N=block_n, STAGES=stages,
         GATED=weights_TP is None, QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants,
@@ -226,15 +227,15 @@ def group(ids_TP: torch.Tensor, experts: int, config: Config | None = None) -> T
     check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "group")
     check(pairs <= 1 << 14, f"{pairs} pairs in one program", "group")
     limit = min(pairs, min(experts, pairs) + pairs // block_m)
-    padded = triton.next_power_of_2(experts)
+    padded = power_of_2(experts)
 
     def int32(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids_TP.device)
 
     out = Tiles(int32(limit), int32(limit), int32(limit, block_m))
     _group[(1,)](
-        ids_TP, int32(padded), int32(padded), *out, experts, pairs, limit, triton.cdiv(len(ids_TP), block_m),
-        PAIRS=triton.next_power_of_2(pairs), EXPERTS=padded, LIMIT=triton.next_power_of_2(limit), BLOCK_M=block_m,
+        ids_TP, int32(padded), int32(padded), *out, experts, pairs, limit, cdiv(len(ids_TP), block_m),
+        PAIRS=power_of_2(pairs), EXPERTS=padded, LIMIT=power_of_2(limit), BLOCK_M=block_m,
         PDL=chip.dependent_launch, **options(chip, 8),
     )  # fmt: skip
     return out

@@ -18,6 +18,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
+from .sizes import cdiv, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight
 
 
@@ -80,14 +81,14 @@ def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: 
     """
     if int4 and chip.shared_memory >= 160 << 10:
         return _choose_int4(rows, outputs, inputs, gated, chip)
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    block_m = min(64, max(16, power_of_2(rows)))
     few = block_m == 16
     deep, shallow = (6, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
     if gated:
         return Config(block_m, 32, 1, 4, shallow) if few else Config(block_m, 64, 1, 4, deep)
     if inputs >= 8192:
-        return Config(block_m, 128, max(1, chip.processors // triton.cdiv(outputs, 128)), 4, deep)
-    programs = triton.cdiv(outputs, 64)
+        return Config(block_m, 128, max(1, chip.processors // cdiv(outputs, 128)), 4, deep)
+    programs = cdiv(outputs, 64)
     if programs > 2 * chip.processors and few:
         return Config(block_m, 128, 1, 4, shallow)
     splits = min(8 if few else 4, 2 * chip.processors // programs) if inputs >= 4096 else 1
@@ -100,12 +101,12 @@ def _choose_int4(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) 
     With up to eight rows, products are those of single warps, which do not wait for each other.
     """
     few = rows <= 8
-    block_m = 8 if few else min(64, triton.next_power_of_2(rows))
+    block_m = 8 if few else min(64, power_of_2(rows))
     warps = 2 if few else 4
     if gated:
         return Config(block_m, 32 if few else 64, 1, warps, 4)
     block_n = 128 if 8 < rows <= 32 and outputs >= 4096 else 64
-    splits = (4 if few else 2) * chip.processors // triton.cdiv(outputs, block_n) if inputs >= 4096 else 1
+    splits = (4 if few else 2) * chip.processors // cdiv(outputs, block_n) if inputs >= 4096 else 1
     return Config(block_m, block_n, max(1, min(8, splits)), warps, 4)
 
 
@@ -134,9 +135,9 @@ def few_rows(
         counter = counters(device)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     pointers, constants = arguments(weight, chip)
-    _rows[(triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))](
+    _rows[(cdiv(outputs, config.block_n), config.splits, cdiv(rows, config.block_m))](
         values_MK, values_MK.stride(0), x_scales, *x_scales_strides, *pointers, out, part, counter, rows, outputs,
-        inputs, triton.cdiv(triton.cdiv(inputs, GROUP), config.splits),
+        inputs, cdiv(cdiv(inputs, GROUP), config.splits),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=config.splits, STAGES=config.stages, GATED=gated,
         QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
     )  # fmt: skip

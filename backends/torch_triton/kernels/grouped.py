@@ -22,6 +22,7 @@ from . import e4m3, grouped_hopper, int4, pdl
 from .chips import Chip, check, chip_of, options
 from .pairs import Sorted
 from .quant import Codes, dequantise
+from .sizes import cdiv
 from .weights import Fp8Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
 
 
@@ -206,9 +207,9 @@ def _launch(
         assert isinstance(x, Codes) and isinstance(weight, Fp8Weight) and pairs is not None, "what HOPPER is chosen for"
         grouped_hopper.launch(x, weight, pairs, factors_TP, out, chip.processors)
         return out
-    tiles = triton.cdiv(len(values), config.block_m) if pairs is None else len(pairs.expert_U)
+    tiles = cdiv(len(values), config.block_m) if pairs is None else len(pairs.expert_U)
     pointers, constants = arguments(weight, chip)
-    _grouped[(triton.cdiv(outputs, config.block_n), tiles)](
+    _grouped[(cdiv(outputs, config.block_n), tiles)](
         values, values.stride(0), x_scales, *x_scales_strides, factors_TP, *(pairs or (None,) * 4), *pointers, out,
         len(values), len(weight.codes), outputs, values.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         STAGES=config.stages, SCATTER=factors_TP is not None, QUANTISED=isinstance(x, Codes),

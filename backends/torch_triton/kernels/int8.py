@@ -12,6 +12,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import check, chip_of, options
 from .quant import Codes, empty_codes, int8_codes
+from .sizes import cdiv, power_of_2
 
 _PIECE = 8192  # channels of a row that are worked on at a time
 
@@ -59,9 +60,9 @@ def quantise_rows(x_TK: torch.Tensor, gated: bool = False) -> Codes:
     tokens, channels = x_TK.shape
     channels = channels // 2 if gated else channels
     out = empty_codes(tokens, channels, x_TK.device, "int8")
-    block = min(_PIECE, triton.next_power_of_2(channels))
+    block = min(_PIECE, power_of_2(channels))
     _quantise_rows[(tokens,)](
         x_TK, x_TK.stride(0), *out, channels, GATED=gated, INSTRUCTION=chip.encodes_fp8, BLOCK=block,
-        PIECES=triton.cdiv(channels, block), PDL=chip.dependent_launch, **options(chip, warps=4 if block < 4096 else 8),
+        PIECES=cdiv(channels, block), PDL=chip.dependent_launch, **options(chip, warps=4 if block < 4096 else 8),
     )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ import triton.language as tl
 from ..cache import FP8_CACHE, from_entries
 from . import entries, mla_hopper, pdl
 from .chips import Chip, check, chip_of, options
+from .sizes import cdiv, power_of_2
 
 LOG2_E = 1.4426950408889634
 
@@ -179,9 +180,9 @@ def choose(rows: int, q_THX: torch.Tensor, cache: torch.Tensor, latent: int, chi
 
 def parts_for(batch: int, rows: int, longest: int, config: Config, chip: Chip) -> int:
     """Parts of a context such that programs fill the chip once: of 8 warps one to a processor, of 4 two."""
-    programs = batch * triton.cdiv(rows, config.block_n)
+    programs = batch * cdiv(rows, config.block_n)
     rooms = chip.processors * (1 if config.warps >= 8 else 2)
-    return max(1, min(rooms // programs, triton.cdiv(longest, config.block_s), 128))
+    return max(1, min(rooms // programs, cdiv(longest, config.block_s), 128))
 
 
 def mla_decode(
@@ -220,21 +221,21 @@ def mla_decode(
     out = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=device)
     partial = torch.empty(tokens, heads, parts, latent, dtype=torch.float32, device=device) if parts > 1 else out
     lse = torch.empty(tokens, heads, parts, dtype=torch.float32, device=device) if parts > 1 else None
-    block_c = max(16, triton.next_power_of_2(latent))
+    block_c = max(16, power_of_2(latent))
     if config.has_tasks:
         mla_hopper.launch(q_THX, cache, table, lengths, scale * LOG2_E, partial, lse, chip)
     else:
-        _attend[(triton.cdiv(rows, config.block_n), parts, batch)](
+        _attend[(cdiv(rows, config.block_n), parts, batch)](
             q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
             lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
             BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c,
-            BLOCK_R=max(16, triton.next_power_of_2(rope)), INSTRUCTION=chip.decodes_fp8, PREFETCH=config.prefetch,
+            BLOCK_R=max(16, power_of_2(rope)), INSTRUCTION=chip.decodes_fp8, PREFETCH=config.prefetch,
             STAGES=config.stages, PDL=chip.dependent_launch, **options(chip, config.warps, config.stages),
         )  # fmt: skip
     if parts > 1:
         tile_c = min(block_c, 256)
-        _merge[(tokens * heads, triton.cdiv(latent, tile_c))](
-            partial, lse, out, latent, PARTS=parts, PADDED=triton.next_power_of_2(parts), BLOCK_C=tile_c,
+        _merge[(tokens * heads, cdiv(latent, tile_c))](
+            partial, lse, out, latent, PARTS=parts, PADDED=power_of_2(parts), BLOCK_C=tile_c,
             PDL=chip.dependent_launch, **options(chip, 4),
         )  # fmt: skip
     return out
@@ -248,7 +249,7 @@ def mla_decode_eager(
     queries = len(q_THX) // len(lengths)
     out = q_THX.new_zeros(*q_THX.shape[:2], latent, dtype=torch.float32)
     for b, length in enumerate(lengths.tolist()):
-        blocks = table[b, : triton.cdiv(length, page)].long()
+        blocks = table[b, : cdiv(length, page)].long()
         values_SX = from_entries(cache[blocks].flatten(0, 1)[:length], latent, torch.float32)
         for q in range(queries):
             seen_SX = values_SX[: max(0, length - (queries - 1 - q))]

@@ -16,7 +16,6 @@ Source: FlashMLA, docs/20250422-new-kernel-deep-dive.md (the order in which the 
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -30,6 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper, pdl
 from .chips import Chip, options
+from .sizes import cdiv
 
 TILE = 64  # query rows, and cached tokens
 LATENT = 512
@@ -285,7 +285,7 @@ def launch(
     queries, parts = tokens // len(lengths), 1 if lse_THP is None else lse_THP.shape[2]
     q_NX, k_SX = q_THX.view(-1, width), cache.view(-1, width)
     half, rope = [TILE, LATENT // 2], [TILE, ROPE]
-    _mla_hopper[(triton.cdiv(queries * heads, TILE), parts, len(lengths))](
+    _mla_hopper[(cdiv(queries * heads, TILE), parts, len(lengths))](
         TensorDescriptor.from_tensor(q_NX, half, _LAYOUT), TensorDescriptor.from_tensor(q_NX, rope, _LAYOUT),
         TensorDescriptor.from_tensor(k_SX, half, _LAYOUT), TensorDescriptor.from_tensor(k_SX, rope, _LAYOUT),
         table, table.stride(0), lengths, out_THPC, lse_THP, scale_log2, heads, queries, PAGE=cache.shape[1],

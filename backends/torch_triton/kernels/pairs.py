@@ -19,6 +19,7 @@ import triton.language as tl
 from . import pdl
 from .chips import check, chip_of, options
 from .quant import Codes
+from .sizes import cdiv, power_of_2
 
 _PAIRS = 1024  # of a program
 _TILES = 128
@@ -103,8 +104,8 @@ def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int) -> Sorted:
     next_E, pair_R, *tables_U = (
         torch.empty(size, dtype=torch.int32, device=device) for size in (experts + 1, pairs, used, used, used)
     )
-    blocks = triton.cdiv(pairs, _PAIRS)
-    padded = triton.next_power_of_2(experts + 1)
+    blocks = cdiv(pairs, _PAIRS)
+    padded = power_of_2(experts + 1)
     common = {"PDL": chip.dependent_launch, **options(chip, 4)}
     _count[(blocks,)](ids_TP, count_E, pairs, experts, BLOCK=_PAIRS, EXPERTS=padded, **common)
     _tile[(experts + 1,)](
@@ -154,10 +155,10 @@ def gather(x: Codes | torch.Tensor, pairs: Sorted, choices: int) -> Codes | torc
         strides, out_strides = scales.stride(), out_scales.stride()
     words, out_words = values.view(torch.int64), out.view(torch.int64)
     width = words.shape[1]
-    block_w = min(1024, triton.next_power_of_2(width))
-    _gather[(triton.cdiv(rows, _ROWS), triton.cdiv(width, block_w))](
+    block_w = min(1024, power_of_2(width))
+    _gather[(cdiv(rows, _ROWS), cdiv(width, block_w))](
         words, words.stride(0), scales, *strides, pairs.pair_R, out_words, out_scales, *out_strides, rows, choices,
-        width, groups, ROWS=_ROWS, BLOCK_W=block_w, BLOCK_G=triton.next_power_of_2(max(1, groups)),
+        width, groups, ROWS=_ROWS, BLOCK_W=block_w, BLOCK_G=power_of_2(max(1, groups)),
         PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip
     return out if out_scales is None else Codes(out, out_scales)

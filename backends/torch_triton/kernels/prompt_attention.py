@@ -18,6 +18,7 @@ import triton.language as tl
 
 from . import pdl, prompt_hopper
 from .chips import Chip, check, chip_of, options
+from .sizes import power_of_2
 
 LOG2_E = 1.4426950408889634
 
@@ -117,7 +118,7 @@ class Config(NamedTuple):
 
 
 HOPPER = Config(prompt_hopper.KEYS, 8, prompt_hopper.STAGES, has_tasks=True)
-HOPPER_WORK = 1024  # tiles times heads: with less to do its launch, which takes the host longer, is not worth it
+HOPPER_WORK = 2048  # tiles times heads: with less, its launch costs the host more than it saves
 
 
 def choose(q_THX: torch.Tensor, kv_SHY: torch.Tensor, rope_SR: torch.Tensor, tiles: int, chip: Chip) -> Config:
@@ -163,7 +164,7 @@ def prompt_attention(
     if config.has_tasks:
         prompt_hopper.launch(q_THX, kv_SHY, rope_SR, tiles_U, out_THV, scale * LOG2_E, chip)
         return
-    blocks = [max(16, triton.next_power_of_2(size)) for size in (nope, rope, value)]
+    blocks = [max(16, power_of_2(size)) for size in (nope, rope, value)]
     _prompt_attention[(len(tiles_U), heads)](
         q_THX, *q_THX.stride()[:2], kv_SHY, *kv_SHY.stride()[:2], rope_SR, rope_SR.stride(0), tiles_U, out_THV,
         scale * LOG2_E, heads, nope, rope, value, BLOCK_Q=TILE_QUERIES, BLOCK_K=config.block_k, BLOCK_N=blocks[0],

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import e4m3, pdl, tiles
 from .chips import Chip, check, chip_of, options
+from .sizes import cdiv, power_of_2
 
 GROUP = 128
 E4M3_MAX = 448.0
@@ -43,7 +44,7 @@ def empty_codes(tokens: int, channels: int, device: torch.device, form: str = "f
     if form == "int8":
         scales = torch.empty(tokens, 1, dtype=torch.float32, device=device)
         return Codes(torch.empty(tokens, channels, dtype=torch.int8, device=device), scales)
-    scales_GT = torch.empty(triton.cdiv(channels, GROUP), tokens, dtype=torch.float32, device=device)
+    scales_GT = torch.empty(cdiv(channels, GROUP), tokens, dtype=torch.float32, device=device)
     return Codes(torch.empty(tokens, channels, dtype=chip_of(device).fp8, device=device), scales_GT.t())
 
 
@@ -169,9 +170,9 @@ def add_norm_quantise(
         bf16() if plain else None,
         empty_codes(tokens, channels, device, quantise) if quantise else None,
     )
-    block = max(GROUP, triton.next_power_of_2(channels))
+    block = max(GROUP, power_of_2(channels))
     part = norm_part(tokens, channels, parts, chip)
-    _add_norm_quantise[(tokens, triton.cdiv(channels, part))](
+    _add_norm_quantise[(tokens, cdiv(channels, part))](
         branch_TPK, branch_TPK.stride(0), branch_TPK.stride(1) if branch_TPK.dim() == 3 else 0,
         residual_TK, residual_TK.stride(0) if residual_TK is not None else 0, weight_K, out.residual, out.plain,
         out.quantised.codes.view(_CARRIERS[quantise]) if quantise and out.quantised else None,
@@ -189,8 +190,8 @@ def norm_part(tokens: int, channels: int, parts: int, chip: Chip) -> int:
     Each of them reads all of it, so with several partial results they must not outnumber the processors.
     """
     rooms = chip.processors * (4 if parts <= 2 else 1)
-    part = max(GROUP, triton.next_power_of_2(channels))
-    while part > 1024 and tokens * triton.cdiv(channels, part // 2) <= rooms:
+    part = max(GROUP, power_of_2(channels))
+    while part > 1024 and tokens * cdiv(channels, part // 2) <= rooms:
         part //= 2
     return part
 
@@ -250,7 +251,7 @@ def quantise(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False) -> Co
     channels = channels // 2 if gated else channels
     out = empty_codes(tokens, channels, x_TK.device)
     block = 1024 if tokens * channels < MANY else 2048
-    _quantise[(tokens, triton.cdiv(channels, block))](
+    _quantise[(tokens, cdiv(channels, block))](
         x_TK, x_TK.stride(0), out.codes.view(torch.uint8), out.scales, tokens, channels, GATED=gated,
         UE8M0=ue8m0, FNUZ=chip.fnuz, INSTRUCTION=chip.encodes_fp8, BLOCK=block, PDL=chip.dependent_launch,
         **options(chip, warps=4),
@@ -262,7 +263,7 @@ def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False)
     """The twin of `quantise`."""
     x_TK = _joined(x_TK) if gated else x_TK
     tokens, channels = x_TK.shape
-    groups = triton.cdiv(channels, GROUP)
+    groups = cdiv(channels, GROUP)
     x_TGX = torch.nn.functional.pad(x_TK.float(), (0, groups * GROUP - channels)).view(tokens, groups, GROUP)
     scales_TG = divided(x_TGX.abs().amax(2).clamp(min=FLOOR), E4M3_MAX)
     if ue8m0:

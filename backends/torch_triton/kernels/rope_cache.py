@@ -16,6 +16,7 @@ import triton.language as tl
 from ..cache import to_entries
 from . import entries, pdl
 from .chips import check, chip_of, options
+from .sizes import cdiv, power_of_2
 
 
 class Tables(NamedTuple):
@@ -137,12 +138,12 @@ def rope_cache(
     check(cos.shape[1] == sin.shape[1] == rope // 2, f"tables of {cos.shape[1]} pairs", name)
     chip = chip_of(cache.device)
     q_words_THZ, out_words_THZ = (_words(x, name) for x in (q_rope_THR, q_out_THR))
-    block_h = min(32, triton.next_power_of_2(heads))
-    _rope_cache[(tokens, 1 + triton.cdiv(heads, block_h))](
+    block_h = min(32, power_of_2(heads))
+    _rope_cache[(tokens, 1 + cdiv(heads, block_h))](
         kv_TX, kv_TX.stride(0), weight_C, eps, q_words_THZ, *q_words_THZ.stride()[:2], out_words_THZ,
         *out_words_THZ.stride()[:2], positions_T, slots_T, cos, sin, cache, *cache.stride()[:2], heads, latent, rope,
-        PAGE=cache.shape[1], BLOCK_H=block_h, BLOCK_C=triton.next_power_of_2(latent),
-        BLOCK_Z=triton.next_power_of_2(rope // 2), INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch,
+        PAGE=cache.shape[1], BLOCK_H=block_h, BLOCK_C=power_of_2(latent),
+        BLOCK_Z=power_of_2(rope // 2), INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch,
         **options(chip, 4),
     )  # fmt: skip
 

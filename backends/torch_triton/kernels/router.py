@@ -21,6 +21,7 @@ from ....models.spec import ModelSpec
 from ..layers import product_f32
 from . import pdl, tiles
 from .chips import check, chip_of, options
+from .sizes import cdiv, power_of_2
 
 BLOCK_T = 8  # tokens of a tile, for which one program chooses
 MATRIX_T = 16  # the narrow side of the matrix unit: a tile's tokens and zeros
@@ -47,7 +48,7 @@ def scratch(tokens: int, experts: int, device: torch.device) -> Scratch:
     """Room for up to ``tokens`` tokens, of which a library's product needs none."""
     tokens = min(tokens, LIBRARY_TOKENS)
     logits_STE = torch.empty(SPLITS, tokens, experts, dtype=torch.float32, device=device)
-    return Scratch(logits_STE, torch.zeros(triton.cdiv(tokens, BLOCK_T), dtype=torch.int32, device=device))
+    return Scratch(logits_STE, torch.zeros(cdiv(tokens, BLOCK_T), dtype=torch.int32, device=device))
 
 
 @triton.jit
@@ -229,21 +230,21 @@ def choose_experts(
     normalise = spec.norm_topk_prob and (choices > 1 or spec.scales_normalised_weights)
     rules = {
         "E": experts, "K": choices, "SHARED": shared, "SIGMOID": spec.scoring_func == "sigmoid",
-        "BIAS": bias_E is not None, "X": per_group, "X_PADDED": triton.next_power_of_2(per_group),
-        "G_PADDED": triton.next_power_of_2(groups) if limit else 1, "LIMIT": limit, "TOP_GROUPS": spec.topk_group,
+        "BIAS": bias_E is not None, "X": per_group, "X_PADDED": power_of_2(per_group),
+        "G_PADDED": power_of_2(groups) if limit else 1, "LIMIT": limit, "TOP_GROUPS": spec.topk_group,
         "NORMALISE": normalise, "SCALE": not normalise or spec.scales_normalised_weights,
         "PDL": chip.dependent_launch,
     }  # fmt: skip
     if tokens > LIBRARY_TOKENS:
         logits_TE = product_f32(x_TD, weight_ED)
-        _choose_of_logits[(triton.cdiv(tokens, BLOCK_T),)](
+        _choose_of_logits[(cdiv(tokens, BLOCK_T),)](
             logits_TE, bias_E, *out, spec.routed_scaling_factor, tokens, **rules, TOKENS=BLOCK_T, **options(chip, 4)
         )
         return out
-    span = triton.cdiv(triton.cdiv(hidden, BLOCK_D), SPLITS) * BLOCK_D
-    _route[(triton.cdiv(experts, BLOCK_E), triton.cdiv(hidden, span), triton.cdiv(tokens, BLOCK_T))](
+    span = cdiv(cdiv(hidden, BLOCK_D), SPLITS) * BLOCK_D
+    _route[(cdiv(experts, BLOCK_E), cdiv(hidden, span), cdiv(tokens, BLOCK_T))](
         x_TD, x_TD.stride(0), weight_ED, weight_ED.stride(0), bias_E, room.logits_STE, room.arrived, *out,
-        spec.routed_scaling_factor, tokens, hidden, span, **rules, TOKENS=min(BLOCK_T, triton.next_power_of_2(tokens)),
+        spec.routed_scaling_factor, tokens, hidden, span, **rules, TOKENS=min(BLOCK_T, power_of_2(tokens)),
         BLOCK_T=BLOCK_T, MATRIX_T=MATRIX_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D,
         STAGES=4 if chip.shared_memory >= 160 << 10 else 2, **options(chip, 4),
     )  # fmt: skip

@@ -20,10 +20,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .chips import Chip, check
+from .sizes import cdiv
 
 GROUP = 128
 
@@ -96,7 +96,7 @@ def check_weight(weight: Weight, x: Tensor, chip: Chip, kernel: str) -> None:
     shape = tuple(codes.shape)
     check(x.shape[1] == inputs_of(weight), f"activations {tuple(x.shape)} for weights {shape}", kernel)
     check(x.stride(1) == 1 and codes.stride(-1) == 1 and scales.stride(-1) == 1, "channels must be contiguous", kernel)
-    grid = (*shape[:-2], *(triton.cdiv(size, GROUP) for size in shape[-2:]))
+    grid = (*shape[:-2], *(cdiv(size, GROUP) for size in shape[-2:]))
     if isinstance(weight, Fp8Weight):
         wanted, takes = grid, (chip.fp8, torch.bfloat16) if chip.fp8_units else (torch.bfloat16,)
         check(codes.dtype == chip.fp8, f"weights in {codes.dtype}", kernel)
@@ -106,7 +106,7 @@ def check_weight(weight: Weight, x: Tensor, chip: Chip, kernel: str) -> None:
     else:
         wanted, takes = (*shape[:-2], 4 * shape[-1] // weight.group, shape[-2]), (torch.bfloat16,)
         check(codes.dtype == torch.int16 and weight.group in (32, 64, 128), f"groups of {weight.group}", kernel)
-        check(shape[-1] == triton.cdiv(weight.inputs, GROUP) * GROUP // 4, f"codes {shape}", kernel)
+        check(shape[-1] == cdiv(weight.inputs, GROUP) * GROUP // 4, f"codes {shape}", kernel)
         order = weight.order
         fits = order is None or (order.is_contiguous() and order.shape == (*shape[:-2], 4 * shape[-1]))
         check(fits and (order is None or order.dtype == torch.int32), "order of another size", kernel)
