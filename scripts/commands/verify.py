@@ -56,6 +56,9 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not value >= least:
             raise InputError(f"{name} is {value}", f"--{name}", f"give {least} or more")
+    directories = [directory for directory in (options.directory, options.against) if directory]
+    if options.config and all((directory / "config.json").is_file() for directory in directories):
+        raise InputError("the checkpoint has a config.json", "--config", "leave it out")
     return _compare(options) if options.against else _verify(options)
 
 

@@ -98,6 +98,7 @@ def test_a_side_without_a_config(deepspan, converted, tmp_path):
         (["--rtol", "0.1"], "--rtol does not go without --against"),
         (["--drop-mtp"], "--drop-mtp does not go without --against"),
         (["--against", DEMO, "--source", DEMO], "--source does not go with --against"),
+        (["--config", DEMO / "config.json"], "the checkpoint has a config.json: --config"),
         (["--against", DEMO, "--rtol", "-1"], "rtol is -1.0"),
         (["--against", DEMO, "--rtol", "nan"], "rtol is nan"),
         (["--samples", "-1"], "samples is -1"),
