@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .safetensors import Reader
+from .direct_reader import DirectReader
 
 PHASES = ("read", "compute", "write")
 _FORGET_BYTES = 1 << 20  # reads from this size on are not left in the page cache
@@ -52,7 +52,7 @@ class Meter:
         self._local.phase, self._local.since = name, now
 
 
-class MeteredReader(Reader):
+class MeteredReader(DirectReader):
     """A Reader that counts, and that keeps a checkpoint larger than memory from pushing everything out of the cache."""
 
     def __init__(self, meter: Meter):
@@ -65,3 +65,9 @@ class MeteredReader(Reader):
             if len(buffer) >= _FORGET_BYTES:
                 os.posix_fadvise(self._open(path), offset, len(buffer), os.POSIX_FADV_DONTNEED)
         self._meter.count_read(len(buffer))
+
+    def _fill_pages(self, path: Path, pages: NDArray[np.uint8], offset: int) -> int:
+        with self._meter.phase("read"):
+            count = super()._fill_pages(path, pages, offset)
+        self._meter.count_read(count)
+        return count

@@ -1,8 +1,4 @@
-"""Files that are written around the page cache: the disk takes data where it lies in memory.
-
-What goes through the cache is copied page by page, which takes more of a processor than all else that a conversion
-does, and serves nobody: a checkpoint is larger than the cache, and is not read again soon.
-"""
+"""Files whose whole pages are written around the page cache where the file system can."""
 
 from __future__ import annotations
 
@@ -14,11 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ..models.dtypes import Bits8
-from .pages import PAGE, empty_pages
+from .pages import direct_part, empty_pages, is_aligned
 
-_ALIGNMENT = 512  # of memory that a disk takes
 _RUN_BYTES = 4 << 20  # moved at a time to where a disk takes it
-_LEAST_BYTES = 1 << 20  # a smaller write would wait for the disk longer than the copy takes
 _SYNC_BYTES = 256 << 20  # written through the cache between syncs, so that dirty pages never pile up
 
 
@@ -29,6 +23,7 @@ class OutputFile:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._direct = _open_direct(path)
         self._is_direct = self._direct is not None
+        self._spare = threading.local()
         self._lock = threading.Lock()
         self._unsynced = 0
 
@@ -38,9 +33,9 @@ class OutputFile:
 
     def write(self, data: Bits8, offset: int) -> None:
         """The bytes of a contiguous array; its whole pages directly where the file system allows it."""
-        view, address, done = data.data, data.ctypes.data, 0
-        while done < len(view):
-            done += self._write_some(view[done:], offset + done, address + done)
+        done = 0
+        while done < len(data):
+            done += self._write_some(data[done:], offset + done)
 
     def read(self, size: int, offset: int) -> bytes:
         return os.pread(self._file, size, offset)
@@ -55,28 +50,33 @@ class OutputFile:
         if self._direct is not None:
             os.close(self._direct)
 
-    def _write_some(self, view: memoryview, offset: int, address: int) -> int:
+    def _write_some(self, data: Bits8, offset: int) -> int:
         """Write a first part; how many bytes."""
-        before = -offset % PAGE
-        whole = (len(view) - before) // PAGE * PAGE
-        if not self._is_direct or whole < _LEAST_BYTES:
-            return self._write_cached(view, offset)
-        if before:
-            return self._write_cached(view[:before], offset)
-        return self._write_direct(view[:whole] if address % _ALIGNMENT == 0 else _aligned(view[:whole]), offset)
+        before, whole = direct_part(offset, len(data))
+        if not self._is_direct or not whole:
+            return self._write_cached(data, offset)
+        return self._write_cached(data[:before], offset) if before else self._write_direct(data[:whole], offset)
 
-    def _write_direct(self, view: memoryview, offset: int) -> int:
+    def _write_direct(self, data: Bits8, offset: int) -> int:
         assert self._direct is not None
         try:
-            return os.pwrite(self._direct, view, offset)
+            return os.pwrite(self._direct, (data if is_aligned(data) else self._aligned(data)).data, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             self._is_direct = False  # a disk with other alignments
             return 0
 
-    def _write_cached(self, view: memoryview, offset: int) -> int:
-        count = os.pwrite(self._file, view, offset)
+    def _aligned(self, data: Bits8) -> Bits8:
+        """A copy of a first part, in pages that each thread keeps."""
+        if not hasattr(self._spare, "pages"):
+            self._spare.pages = empty_pages((_RUN_BYTES,), np.uint8)
+        copy: Bits8 = self._spare.pages[: len(data)]
+        copy[:] = data[:_RUN_BYTES]
+        return copy
+
+    def _write_cached(self, data: Bits8, offset: int) -> int:
+        count = os.pwrite(self._file, data.data, offset)
         with self._lock:
             self._unsynced += count
             due = self._unsynced >= _SYNC_BYTES
@@ -86,14 +86,6 @@ class OutputFile:
             os.fdatasync(self._file)
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
         return count
-
-
-def _aligned(view: memoryview) -> memoryview:
-    """A copy of a first part that a disk takes."""
-    part = np.frombuffer(view[:_RUN_BYTES], np.uint8)
-    copy = empty_pages(part.shape, np.uint8)
-    copy[:] = part
-    return copy.data
 
 
 def _open_direct(path: Path) -> int | None:

@@ -109,7 +109,7 @@ class Reader:
     def read(self, info: TensorInfo, out: NDArray | None = None) -> NDArray:
         """The whole tensor as an array of its dtype's carrier, in ``out`` if given (contiguous, of the same size)."""
         if out is None:
-            out = empty_pages(info.shape, _carrier(info))
+            return self._take(info.path, info.begin, info.nbytes).view(_carrier(info)).reshape(info.shape)
         self._fill(info.path, out.reshape(-1).view(np.uint8), info.begin)
         return out
 
@@ -156,6 +156,12 @@ class Reader:
             strip = buffer[: min(step, len(rows) - start)]
             self._fill(info.path, strip.reshape(-1), info.begin + start * stride)
             rows[start : start + len(strip)] = strip[:, skip : skip + rows.shape[1]]
+
+    def _take(self, path: Path, offset: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of the file in new memory."""
+        buffer = empty_pages((size,), np.uint8)
+        self._fill(path, buffer, offset)
+        return buffer
 
     def _bytes(self, path: Path, offset: int, count: int) -> bytes:
         buffer = np.empty(count, np.uint8)

@@ -112,10 +112,3 @@ def test_a_file_system_without_direct_writes(tmp_path, monkeypatch):
     file.write(data, 0)
     file.close()
     assert (tmp_path / "other").read_bytes() == data.tobytes()
-
-
-@pytest.mark.parametrize("shape", [(0,), (3, 5), (1 << 20, 2)])
-def test_empty_pages(shape):
-    array = empty_pages(shape, np.uint16)
-    assert array.shape == shape and array.dtype == np.uint16
-    assert array.ctypes.data % PAGE == 0 or not array.size
