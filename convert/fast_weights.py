@@ -8,10 +8,13 @@ from numpy.typing import NDArray
 from ..models.dtypes import Bits8, Bits16, Float32
 from . import speed
 from .formats import Range
-from .transposing import contiguous
+from .pages import empty_pages
+from .transposing import contiguous, put
 from .weights import CheckpointWeights
 
 Pair = tuple[int, int]
+
+_STRIP_BYTES = 1 << 20  # what stays in a cache between being turned and being read again
 
 
 class FastWeights(CheckpointWeights):
@@ -27,8 +30,7 @@ class FastWeights(CheckpointWeights):
         if not self._is_fast(name, dtype):
             return contiguous(super().read(name, dtype, rows, cols).T)
         codes_NK, scales_RC, block, origin = self._window(name, rows, cols)
-        # turned as codes, which are half as many bytes as what they mean
-        return _dequantised(contiguous(codes_NK.T), np.ascontiguousarray(scales_RC.T), block[::-1], origin[::-1])
+        return _dequantised_in_strips(codes_NK.T, np.ascontiguousarray(scales_RC.T), block[::-1], origin[::-1])
 
     def _is_fast(self, name: str, dtype: str) -> bool:
         return speed.HAS_KERNELS and self.stored(name).format == "fp8_block" and dtype == "bf16"
@@ -44,3 +46,20 @@ def _dequantised(codes_NK: Bits8, scales_RC: Float32, block: Pair, origin: Pair)
     from . import kernels  # numba takes a second to import
 
     return kernels.fp8_to_bf16(codes_NK, scales_RC, block, origin)
+
+
+def _dequantised_in_strips(codes_KN: Bits8, scales_CR: Float32, block: Pair, origin: Pair) -> Bits16:
+    """Of a transposed view: turned as codes, which are half as many bytes as what they mean, into a cache."""
+    from . import kernels
+
+    rows = -(-_STRIP_BYTES // (block[0] * max(1, codes_KN.shape[1]))) * block[0]  # whole blocks
+    start = origin[0] % block[0]
+    out_KN = empty_pages(codes_KN.shape, np.uint16)
+    strip_KN = np.empty((min(rows, len(codes_KN)), codes_KN.shape[1]), np.uint8)
+    for first in range(-start, len(codes_KN), rows):
+        begin, end = max(0, first), min(first + rows, len(codes_KN))
+        turned = strip_KN[: end - begin]
+        put(turned, codes_KN[begin:end])
+        scales = scales_CR[(start + begin) // block[0] : -(-(start + end) // block[0])]
+        kernels.fp8_to_bf16(turned, scales, block, (origin[0] + begin, origin[1]), out=out_KN[begin:end])
+    return out_KN

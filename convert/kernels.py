@@ -36,11 +36,15 @@ def fp8_to_bf16(
     block: tuple[int, int],
     origin: tuple[int, int],
     permute: bool = HAS_PERMUTATION,
+    out: Bits16 | None = None,
 ) -> Bits16:
-    """`dequant_fp8_blocks` to "bf16", with the same arguments; ``permute`` chooses the AVX-512 form."""
+    """`dequant_fp8_blocks` to "bf16", with the same arguments; ``permute`` chooses the AVX-512 form.
+
+    ``out``: contiguous room for the result, of the codes' shape.
+    """
+    out_NK = empty_pages(codes_NK.shape, np.uint16) if out is None else out
     usual = bool(((scales_RC >= _SCALES[0]) & (scales_RC <= _SCALES[1])).all())
     if usual and codes_NK.flags.c_contiguous:
-        out_NK = empty_pages(codes_NK.shape, np.uint16)
         first = origin[0] // block[0] * block[0], origin[1] // block[1] * block[1]
         inside = origin[0] - first[0], origin[1] - first[1]
         has_nan = (
@@ -50,7 +54,8 @@ def fp8_to_bf16(
         )
         if not has_nan:
             return out_NK
-    return dequant_fp8_blocks(codes_NK, scales_RC, "bf16", block, origin)
+    out_NK[...] = dequant_fp8_blocks(codes_NK, scales_RC, "bf16", block, origin)
+    return out_NK
 
 
 def _tables(scales_RC: Float32) -> NDArray[np.uint16]:

@@ -45,7 +45,7 @@ def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
 
 def _large(size: int) -> Bits8:
     blocks = _spare.blocks
-    fitting = [block for block in blocks if len(block) >= size]
+    fitting = [block for block in blocks if size <= len(block) <= size + size // 2]  # none is wasted on small data
     if fitting:
         block = min(fitting, key=len)
         blocks.remove(block)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deepspan.convert import speed
+from deepspan.convert import fast_weights, speed
 from deepspan.convert.checkpoint import Checkpoint
 from deepspan.convert.fast_weights import FastWeights
 from deepspan.convert.weights import CheckpointWeights
@@ -26,7 +26,12 @@ def has_kernels(request, monkeypatch):
     monkeypatch.setattr(speed, "HAS_KERNELS", request.param)
 
 
-@pytest.mark.usefixtures("has_kernels")
+@pytest.fixture(params=[1, 1 << 20], ids=["strips of a block", "one strip"])
+def strips(request, monkeypatch):
+    monkeypatch.setattr(fast_weights, "_STRIP_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("has_kernels", "strips")
 @pytest.mark.parametrize("form", ["bf16", "fp8", "fp8, small blocks", "fnuz", "int8 channels, F32"])
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_the_same_bits(tmp_path, form, dtype):
