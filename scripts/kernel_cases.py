@@ -109,9 +109,9 @@ def _dense(setting: Setting, kind: Kind, outputs: int, inputs: int, rows: int, g
 
 
 def _dense_sweep(chosen: few_rows.Config, gated: bool) -> Iterator[tuple[str, few_rows.Config]]:
-    for block_n, stages, splits in itertools.product((64, 128), (3, 4, 6), (1,) if gated else (1, 2, 3, 4, 6, 8)):
-        config = few_rows.Config(chosen.block_m, block_n // 2 if gated else block_n, splits, 4, stages)
-        if (block_n + chosen.block_m) * 128 * stages < 200 << 10:
+    for tile, stages, splits in itertools.product((64, 128), (3, 4, 6), (1,) if gated else (1, 2, 3, 4, 6, 8)):
+        config = few_rows.Config(chosen.block_m, tile // 2 if gated else tile, splits, 4, stages)
+        if (tile + chosen.block_m) * 128 * stages < 200 << 10:
             yield "sweep", config
 
 
@@ -141,7 +141,7 @@ def _experts(setting: Setting, kind: Kind, stack: experts.Stack, tokens: int) ->
     choices = [_choices(setting, tokens) for _ in range(8)]
     weights = torch.rand(tokens, 9, device=setting.device)
     x = kind.operand(random_rows(setting.device, tokens, hidden))
-    chosen = experts.choose(tokens, quant.chip_of(setting.device), isinstance(stack.down, Int4Weight))
+    chosen = experts.choose(choices[0], stack, quant.chip_of(setting.device))
     tiles = [
         experts.group(ids, setting.experts, chosen) if tokens > 1 else experts.one_pair_tiles(ids, chosen)
         for ids in choices

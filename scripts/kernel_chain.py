@@ -67,9 +67,11 @@ def run(layer: Layer, step: Step, residual: Tensor, branch: Tensor) -> Tensor:
     second = quant.add_norm_quantise(attended, first.residual, step.norms[HIDDEN], 1e-6, plain=True)
     assert second.quantised is not None and second.plain is not None
     choice = router.choose_experts(second.plain, layer.router, layer.bias, SPEC, step.room, shared=1)
-    pairs = experts.group(choice.ids, len(step.stack.down.codes)) if tokens > 1 else experts.one_pair_tiles(choice.ids)
-    h = experts.gate_up(second.quantised, choice.ids, step.stack, pairs)
-    return experts.down(quant.quantise(h), choice.ids, choice.weights, step.stack, pairs)
+    config = experts.choose(choice.ids, step.stack, quant.chip_of(choice.ids.device))
+    experts_of = len(step.stack.down.codes)
+    pairs = experts.group(choice.ids, experts_of, config) if tokens > 1 else experts.one_pair_tiles(choice.ids, config)
+    h = experts.gate_up(second.quantised, choice.ids, step.stack, pairs, config)
+    return experts.down(quant.quantise(h), choice.ids, choice.weights, step.stack, pairs, config=config)
 
 
 def chain(setting: Setting) -> Iterator[Case]:

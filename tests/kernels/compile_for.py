@@ -162,7 +162,7 @@ def launch_experts(chip: chips.Chip) -> None:
         stacks = zip(*(weights(chip, *shape, rare=tokens == 16) for shape in shapes), strict=True)
         ids, factors = empty(tokens, 9, dtype=torch.int32), empty(tokens, 9, dtype=torch.float32)
         for stack in itertools.starmap(experts.Stack, stacks):
-            config = experts.choose(tokens, chip, isinstance(stack.gate_up, Int4Weight))
+            config = experts.choose(ids, stack, chip)
             pairs = experts.group(ids, 257, config) if tokens > 1 else experts.one_pair_tiles(ids, config)
             for x in activations(chip, stack.gate_up, tokens, 7168):
                 experts.gate_up(x, ids, stack, pairs)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels import experts as kernel
-from deepspan.backends.torch_triton.kernels.chips import chip_of
+from deepspan.backends.torch_triton.kernels.chips import chip_named, chip_of
+from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
 from deepspan.models.errors import DeepspanError
 from tests.kernels.device import DEVICE, seeded
 from tests.kernels.quantised import KINDS, distance, operand, weights
@@ -33,8 +34,8 @@ def choices(tokens: int, per_token: int, seed: int = 0) -> torch.Tensor:
     return torch.cat([routed, torch.full((tokens, 1), 6)], 1).int()
 
 
-def tiles_of(ids: torch.Tensor, kind: str = "fp8") -> kernel.Tiles:
-    config = kernel.choose(len(ids), chip_of(ids.device), kind.startswith("int4"))
+def tiles_of(ids: torch.Tensor, layer: kernel.Stack, config: kernel.Config | None = None) -> kernel.Tiles:
+    config = config or kernel.choose(ids, layer, chip_of(ids.device))
     return kernel.group(ids, EXPERTS, config) if len(ids) > 1 else kernel.one_pair_tiles(ids, config)
 
 
@@ -50,7 +51,7 @@ def test_experts_equal_dequantised_products(tokens, per_token, kind, quantised):
     layer = stack(ids, kind)
     x = torch.randn(tokens, HIDDEN).bfloat16()
     x = operand(kind, x) if quantised else x
-    tiles = tiles_of(ids, kind)
+    tiles = tiles_of(ids, layer)
     h = kernel.gate_up(x, ids, layer, tiles)
     assert distance(h, kernel.gate_up_eager(x, ids, layer)) < 2**-8
     h = operand(kind, h) if quantised else h
@@ -59,12 +60,33 @@ def test_experts_equal_dequantised_products(tokens, per_token, kind, quantised):
     assert distance(got.sum(1), kernel.down_eager(h, ids, factors, layer).sum(1)) < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_that_are_not_full(kind):
+    ids = choices(1, 4)
+    factors, layer = torch.rand(ids.shape), stack(ids, kind)
+    config = kernel.Config(16, 27, 2, 47, 2)
+    tiles = tiles_of(ids, layer, config)
+    x = operand(kind, torch.randn(1, HIDDEN).bfloat16())
+    h = kernel.gate_up(x, ids, layer, tiles, config)
+    assert distance(h, kernel.gate_up_eager(x, ids, layer)) < 2**-8
+    h = operand(kind, h)
+    got = kernel.down(h, ids, factors, layer, tiles, config=config)
+    assert distance(got.sum(1), kernel.down_eager(h, ids, factors, layer).sum(1)) < TOLERANCE
+
+
+def test_one_token_on_a_large_chip_gives_each_processor_as_many_tiles():
+    ids = torch.arange(9, dtype=torch.int32)[None]
+    sizes = (257, 4096, 7168), (257, 7168, 2048)
+    layer = kernel.Stack(*(Fp8Weight(torch.empty(size, device="meta"), torch.empty(0)) for size in sizes))
+    assert kernel.choose(ids, layer, chip_named("sm_90"))[1:5] == (47, 4, 124, 3)
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_choices_of_other_ranks_add_nothing(tokens):
     ids = choices(tokens, 4)
     ids[0, 0], ids[-1, 2] = -1, EXPERTS
     layer, factors = stack(ids), torch.rand(ids.shape)
-    tiles = tiles_of(ids)
+    tiles = tiles_of(ids, layer)
     h = kernel.gate_up(torch.randn(tokens, HIDDEN).bfloat16(), ids, layer, tiles)
     here = (ids >= 0) & (ids < EXPERTS)
     h = torch.where(here.view(-1, 1), h, torch.nan)
@@ -76,7 +98,7 @@ def test_choices_of_other_ranks_add_nothing(tokens):
 @pytest.mark.parametrize("tokens, per_token", [(2, 2), (40, 4)])
 def test_tiles_hold_every_pair_once(tokens, per_token):
     ids = choices(tokens, per_token, seed=1)
-    tiles = kernel.group(ids, EXPERTS)
+    tiles = kernel.group(ids, EXPERTS, kernel.Config(16, 32, 2, 64, 2))
     seen = []
     for expert, rows, pairs in zip(*(part.tolist() for part in tiles), strict=True):
         if expert < 0:

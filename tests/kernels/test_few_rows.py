@@ -42,10 +42,18 @@ def test_splits(kind, count, splits):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [1, 5])
-def test_gated_product(kind, count):
+@pytest.mark.parametrize("splits", [1, 2])
+def test_tiles_that_are_not_full(kind, splits):
+    weight, x = weights(kind, 136, 640), operand(kind, rows(3, 640))
+    got = kernel.few_rows(x, weight, config=kernel.Config(16, 45, splits, 4, 2))
+    assert distance(got, kernel.few_rows_eager(x, weight)) < 2**-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count, tile", [(1, None), (5, None), (1, 27)])
+def test_gated_product(kind, count, tile):
     weight, x = weights(kind, 512, 384), operand(kind, rows(count, 384))
-    got = kernel.few_rows(x, weight, gated=True)
+    got = kernel.few_rows(x, weight, gated=True, config=tile and kernel.Config(16, tile, 1, 4, 2))
     assert got.shape == (count, 256)
     assert distance(got, kernel.few_rows_eager(x, weight, gated=True)) < 2**-8
 

@@ -21,7 +21,6 @@ from ..kernels.chips import chip_of
 from ..kernels.experts import Stack, Tiles
 from ..kernels.pairs import gather, sort_pairs
 from ..kernels.router import Choice
-from ..kernels.weights import Int4Weight
 from ..layers import gated
 from .linear import Form, Operand
 
@@ -52,7 +51,7 @@ class KernelExperts:
         x = self.form.of(x)
         if len(choice.ids) > FEW_TOKENS:
             return self._many(x, choice)
-        config = kernels.choose(len(choice.ids), self._chip, isinstance(self._stack.gate_up, Int4Weight))
+        config = kernels.choose(choice.ids, self._stack, self._chip)
         tiles = self._tiles(choice.ids, config)
         h = self.form.of(kernels.gate_up(x, choice.ids, self._stack, tiles, config))
         return kernels.down(h, choice.ids, choice.weights, self._stack, tiles, self._foreign, config)

@@ -21,7 +21,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, options
 from .quant import GROUP, Codes, dequantise
-from .sizes import cdiv, power_of_2
+from .sizes import cdiv, even_share, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, inputs_of, matrix_of
 
 
@@ -79,9 +79,9 @@ def _group(
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
     expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
-    order_ptr, out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
-    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
+    order_ptr, out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr,
+    EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router."""
     pdl.wait(PDL)
@@ -90,11 +90,10 @@ def _rows(
     expert = tl.load(expert_ptr + tile).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
-    n = tl.program_id(0) * BLOCK_N
+    n = tl.program_id(0) * ROWS
     n_N = n + tl.arange(0, BLOCK_N)
-    j_J = tl.arange(0, 2 * BLOCK_N if GATED else BLOCK_N)
-    matrix_J = j_J // BLOCK_N * N
-    row_J = (matrix_J + tl.minimum(n + j_J % BLOCK_N, N - 1)).to(tl.int64)
+    row_J, scale_row_J = tiles.rows_of_tile(n, N, ROWS, BLOCK_N, GATED)
+    valid_J = None if ROWS == BLOCK_N else tiles.used_places(ROWS, BLOCK_N, GATED)
     slot_M = tl.arange(0, BLOCK_M)
     valid_M = slot_M < tl.load(rows_ptr + tile)
     pair_M = tl.load(pair_ptr + tile * BLOCK_M + slot_M, mask=valid_M, other=0)
@@ -103,7 +102,7 @@ def _rows(
         order_ptr += expert * (tl.cdiv(K, 128) * 128)
     out_JM = tiles.rows_product(
         x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
-        w_ptr + expert * w_stride_e, row_J, w_stride, scales_ptr + expert * scales_stride_e, (matrix_J + n) // 128,
+        w_ptr + expert * w_stride_e, row_J, valid_J, w_stride, scales_ptr + expert * scales_stride_e, scale_row_J,
         scales_stride, order_ptr, 0, tl.cdiv(K, 128), K, KIND, GROUPS, QUANTISED, EVEN_K, INSTRUCTION,
         STAGES,
     )  # fmt: skip
@@ -113,29 +112,38 @@ def _rows(
     else:
         out_NM = out_JM * tl.load(weights_ptr + pair_M, mask=valid_M, other=0.0)[None, :]
     out_ptrs_NM = out_ptr + (pair_M.to(tl.int64) * N)[None, :] + n_N[:, None]
-    tl.store(out_ptrs_NM, out_NM, mask=(n_N < N)[:, None] & valid_M[None, :])
+    tl.store(out_ptrs_NM, out_NM, mask=(n_N < tl.minimum(N, n + ROWS))[:, None] & valid_M[None, :])
 
 
 class Config(NamedTuple):
+    """Rows: outputs of a tile; the tile is as large as the next power of two."""
+
     block_m: int
-    gate_up_block_n: int
+    gate_up_rows: int
     gate_up_stages: int
-    down_block_n: int
+    down_rows: int
     down_stages: int
     warps: int = 4
 
 
-def choose(tokens: int, chip: Chip, int4: bool = False) -> Config:
-    """One token: tiles that all run at once. More: so many tiles that deep pipelines count instead.
+def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip) -> Config:
+    """One token: tiles that all run at once, as many on each processor. More: deep pipelines count instead.
 
     INT4 has more programs on a processor, as in `few_rows`.
     """
+    tokens, choices = ids_TP.shape
+    int4 = isinstance(stack.gate_up, Int4Weight)
     if chip.shared_memory < 160 << 10:
         return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
     if int4:
         return Config(8, 32, 4, 64, 4, 2) if tokens <= 8 else Config(16 if tokens <= 128 else 32, 64, 4, 128, 6)
-    if tokens == 1:
+    if tokens == 1 and chip.shared_memory < 200 << 10:
         return Config(16, 32, 4, 64, 4)
+    if tokens == 1:
+        width, hidden = stack.gate_up.codes.shape[1] // 2, stack.down.codes.shape[1]
+        even_up = even_share(width, 3 * chip.processors // choices, 64)
+        even_down = even_share(hidden, 4 * chip.processors // choices, 128)
+        return Config(16, even_up or 32, 4, even_down or 64, 3 if even_down else 4)
     if tokens <= 128:
         return Config(16, 64, 7, 128, 5)
     return Config(32, 64, 5, 128, 4)
@@ -152,11 +160,11 @@ def gate_up(
     tokens = len(values_TD)
     check(ids_TP.shape[0] == tokens, f"choices {tuple(ids_TP.shape)} of {tokens} tokens", "gate_up")
     check(stack.gate_up.codes.shape[1] % (2 * GROUP) == 0, "an expert's width must be whole blocks", "gate_up")
-    config = config or choose(tokens, chip_of(values_TD.device), isinstance(stack.gate_up, Int4Weight))
+    config = config or choose(ids_TP, stack, chip_of(values_TD.device))
     width = stack.gate_up.codes.shape[1] // 2
     out = torch.empty(ids_TP.numel(), width, dtype=torch.bfloat16, device=values_TD.device)
-    block_n, stages = config.gate_up_block_n, config.gate_up_stages
-    _launch("gate_up", x, None, pairs, stack.gate_up, out, ids_TP.shape[1], block_n, stages, config)
+    rows, stages = config.gate_up_rows, config.gate_up_stages
+    _launch("gate_up", x, None, pairs, stack.gate_up, out, ids_TP.shape[1], rows, stages, config)
     return out
 
 
@@ -178,17 +186,17 @@ def down(
     check(len(values) == ids_TP.numel() and values.is_contiguous(), f"activations {tuple(values.shape)}", "down")
     fits = weights_TP.shape == ids_TP.shape and weights_TP.is_contiguous()
     check(fits and weights_TP.dtype == torch.float32, f"weights {tuple(weights_TP.shape)}", "down")
-    config = config or choose(tokens, chip_of(values.device), isinstance(stack.down, Int4Weight))
+    config = config or choose(ids_TP, stack, chip_of(values.device))
     room = torch.zeros if foreign else torch.empty
     out = room(tokens, choices, stack.down.codes.shape[1], dtype=torch.float32, device=values.device)
-    block_n, stages = config.down_block_n, config.down_stages
-    _launch("down", h, weights_TP, pairs, stack.down, out, choices, block_n, stages, config)
+    rows, stages = config.down_rows, config.down_stages
+    _launch("down", h, weights_TP, pairs, stack.down, out, choices, rows, stages, config)
     return out
 
 
 def _launch(
     name: str, x: Codes | torch.Tensor, weights_TP: torch.Tensor | None, pairs: Tiles, weight: Weight,
-    out: torch.Tensor, choices: int, block_n: int, stages: int, config: Config,
+    out: torch.Tensor, choices: int, rows: int, stages: int, config: Config,
 ) -> None:  # fmt: skip
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
@@ -197,19 +205,18 @@ def _launch(
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     outputs = out.shape[-1]
     pointers, constants = arguments(weight, chip)
-    _rows[(cdiv(outputs, block_n), len(pairs.expert_U))](
+    _rows[(cdiv(outputs, rows), len(pairs.expert_U))](
         values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, len(weight.codes),
-        outputs, inputs_of(weight), choices, BLOCK_M=config.block_m, BLOCK_N=block_n, STAGES=stages,
-        GATED=weights_TP is None, QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants,
+        outputs, inputs_of(weight), choices, BLOCK_M=config.block_m, ROWS=rows, BLOCK_N=power_of_2(rows),
+        STAGES=stages, GATED=weights_TP is None, QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants,
         **options(chip, config.warps),
     )  # fmt: skip
 
 
-def one_pair_tiles(ids_TP: torch.Tensor, config: Config | None = None) -> Tiles:
+def one_pair_tiles(ids_TP: torch.Tensor, config: Config) -> Tiles:
     """Each pair its own tile: right for one token, whose choices are distinct. Launches nothing."""
-    block_m = (config or choose(len(ids_TP), chip_of(ids_TP.device))).block_m
     check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "one_pair_tiles")
-    rows_U, pair_UM = _one_pair_rows(ids_TP.numel(), block_m, ids_TP.device)
+    rows_U, pair_UM = _one_pair_rows(ids_TP.numel(), config.block_m, ids_TP.device)
     return Tiles(ids_TP.view(-1), rows_U, pair_UM)
 
 
@@ -219,11 +226,11 @@ def _one_pair_rows(pairs: int, block_m: int, device: torch.device) -> tuple[torc
     return torch.ones(pairs, dtype=torch.int32, device=device), pair_UM
 
 
-def group(ids_TP: torch.Tensor, experts: int, config: Config | None = None) -> Tiles:
+def group(ids_TP: torch.Tensor, experts: int, config: Config) -> Tiles:
     """Tiles of the pairs of each expert."""
     chip = chip_of(ids_TP.device)
     pairs = ids_TP.numel()
-    block_m = (config or choose(ids_TP.shape[0], chip)).block_m
+    block_m = config.block_m
     check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "group")
     check(pairs <= 1 << 14, f"{pairs} pairs in one program", "group")
     limit = min(pairs, min(experts, pairs) + pairs // block_m)

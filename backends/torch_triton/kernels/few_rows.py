@@ -18,7 +18,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
-from .sizes import cdiv, power_of_2
+from .sizes import cdiv, even_share, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight
 
 
@@ -26,24 +26,23 @@ from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_wei
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, w_stride_e, w_stride, scales_ptr,
     scales_stride_e, scales_stride, order_ptr, out_ptr, part_ptr, counter_ptr, M, N, K, span,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
-    KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
     INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, splits of K, tiles of M. ``span``: blocks of K in a split."""
-    n = tl.program_id(0) * BLOCK_N
+    n = tl.program_id(0) * ROWS
     n_N = n + tl.arange(0, BLOCK_N)
-    j_J = tl.arange(0, 2 * BLOCK_N if GATED else BLOCK_N)  # gate's rows, then up's
-    matrix_J = j_J // BLOCK_N * N
-    row_J = (matrix_J + tl.minimum(n + j_J % BLOCK_N, N - 1)).to(tl.int64)
+    row_J, scale_row_J = tiles.rows_of_tile(n, N, ROWS, BLOCK_N, GATED)
+    valid_J = None if ROWS == BLOCK_N else tiles.used_places(ROWS, BLOCK_N, GATED)
     m_M = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_block = tl.program_id(1) * span
     last_block = tl.minimum(first_block + span, tl.cdiv(K, 128))
     pdl.wait(PDL)
     pdl.release(PDL)
     out_JM = tiles.rows_product(
-        x_ptr, m_M, m_M < M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, row_J, w_stride,
-        scales_ptr, (matrix_J + n) // 128, scales_stride, order_ptr, first_block, last_block, K,
+        x_ptr, m_M, m_M < M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, w_ptr, row_J,
+        valid_J, w_stride, scales_ptr, scale_row_J, scales_stride, order_ptr, first_block, last_block, K,
         KIND, GROUPS, QUANTISED, EVEN_K, INSTRUCTION, STAGES,
     )  # fmt: skip
     if GATED:
@@ -52,7 +51,7 @@ def _rows(
     else:
         out_NM = out_JM
     place_NM = (m_M.to(tl.int64) * N)[None, :] + n_N[:, None]
-    mask_NM = (n_N < N)[:, None] & (m_M < M)[None, :]
+    mask_NM = (n_N < tl.minimum(N, n + ROWS))[:, None] & (m_M < M)[None, :]
     if SPLITS > 1:
         tl.store(part_ptr + tl.program_id(1).to(tl.int64) * M * N + place_NM, out_NM, mask=mask_NM)
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -67,17 +66,20 @@ def _rows(
 
 
 class Config(NamedTuple):
+    """``rows``: outputs of a tile; the tile is as large as the next power of two."""
+
     block_m: int
-    block_n: int
+    rows: int
     splits: int
     warps: int
     stages: int
 
 
 def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: bool = False) -> Config:
-    """The fastest of a sweep on an H200 (benchmarks/kernels.json): as many tiles as run at once, none in a second wave.
+    """The fastest of sweeps on an H200: as many tiles as run at once, none in a second wave.
 
-    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one.
+    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one; if gated, three
+    with the same number of rows.
     """
     if int4 and chip.shared_memory >= 160 << 10:
         return _choose_int4(rows, outputs, inputs, gated, chip)
@@ -85,7 +87,8 @@ def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: 
     few = block_m == 16
     deep, shallow = (6, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
     if gated:
-        return Config(block_m, 32, 1, 4, shallow) if few else Config(block_m, 64, 1, 4, deep)
+        even = even_share(outputs, 3 * chip.processors, 64) if shallow == 4 else None
+        return Config(block_m, even or 32, 1, 4, shallow) if few else Config(block_m, 64, 1, 4, deep)
     if inputs >= 8192:
         return Config(block_m, 128, max(1, chip.processors // cdiv(outputs, 128)), 4, deep)
     programs = cdiv(outputs, 64)
@@ -105,9 +108,9 @@ def _choose_int4(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) 
     warps = 2 if few else 4
     if gated:
         return Config(block_m, 32 if few else 64, 1, warps, 4)
-    block_n = 128 if 8 < rows <= 32 and outputs >= 4096 else 64
-    splits = (4 if few else 2) * chip.processors // cdiv(outputs, block_n) if inputs >= 4096 else 1
-    return Config(block_m, block_n, max(1, min(8, splits)), warps, 4)
+    tile = 128 if 8 < rows <= 32 and outputs >= 4096 else 64
+    splits = (4 if few else 2) * chip.processors // cdiv(outputs, tile) if inputs >= 4096 else 1
+    return Config(block_m, tile, max(1, min(8, splits)), warps, 4)
 
 
 def few_rows(
@@ -135,11 +138,12 @@ def few_rows(
         counter = counters(device)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     pointers, constants = arguments(weight, chip)
-    _rows[(cdiv(outputs, config.block_n), config.splits, cdiv(rows, config.block_m))](
+    _rows[(cdiv(outputs, config.rows), config.splits, cdiv(rows, config.block_m))](
         values_MK, values_MK.stride(0), x_scales, *x_scales_strides, *pointers, out, part, counter, rows, outputs,
         inputs, cdiv(cdiv(inputs, GROUP), config.splits),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=config.splits, STAGES=config.stages, GATED=gated,
-        QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
+        BLOCK_M=config.block_m, ROWS=config.rows, BLOCK_N=power_of_2(config.rows), SPLITS=config.splits,
+        STAGES=config.stages, GATED=gated, QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants,
+        **options(chip, config.warps),
     )  # fmt: skip
     return out
 
