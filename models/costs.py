@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .holding import Holding, shard_bytes
+from .holding import Holding, codes_beside, shard_bytes
 from .params import parameters
 from .sharding import Grid, shards, stage_layers
 from .spec import ModelSpec
@@ -60,7 +60,7 @@ def _stage_bytes(
     total = 0.0
     for shard in shards(spec, grid, stage * grid.stage_ranks, mtp=False):
         param = shard.param
-        size = shard_bytes(shard, precision.weights)
+        size = codes_beside(shard, precision.weights) or shard_bytes(shard, precision.weights)
         rows = sequences / param.shape[0] if param.group == "embedding" else 1.0
         total += size * (experts if param.group == "expert" else rows)
     layers = len(stage_layers(spec, grid, stage))

@@ -55,6 +55,10 @@ class Holding:
     def of(self, name: str) -> Held:
         return self.stored.get(name, Held(self.dtype)) if self._follows else Held(self.dtype)
 
+    def keeps_codes(self, name: str) -> bool:
+        """Whether a parameter's FP8 codes are held as they are stored. Random weights count as stored so."""
+        return self.dtype == "fp8" and self.stored.get(name, Held("fp8")).dtype == "fp8"
+
     @cached_property
     def _follows(self) -> bool:
         return self.dtype in ("w8a8", "int4") and any(held.dtype == self.dtype for held in self.stored.values())
@@ -70,8 +74,12 @@ def stored_dtype(spec: ModelSpec, stored: Mapping[str, Held]) -> str:
 
 
 def is_low_bit(param: Param) -> bool:
-    """Whether it may be held in a low-bit format: kv_b_proj is multiplied into queries and outputs, and stays plain."""
-    return param.quantised and not param.name.endswith("kv_b_proj.weight")
+    """Whether it is held in a low-bit format alone: kv_b_proj, multiplied into queries and outputs, is plain, too."""
+    return param.quantised and not _is_kv_b(param)
+
+
+def _is_kv_b(param: Param) -> bool:
+    return param.name.endswith("kv_b_proj.weight")
 
 
 def shard_bytes(shard: Shard, holding: Holding) -> int:
@@ -79,16 +87,25 @@ def shard_bytes(shard: Shard, holding: Holding) -> int:
     plain = 4 if holding.dtype == "fp32" or shard.param.dtype == "F32" else 2
     held = holding.of(shard.param.name) if is_low_bit(shard.param) else None
     if held is None or held.dtype in ("bf16", "fp32"):
-        return plain * shard.size
+        return plain * shard.size + codes_beside(shard, holding)
     rows, columns = shard.shape
     if held.dtype == "fp8":
-        blocks = block_grid(shard.shape)
-        return shard.size + 4 * blocks[0] * blocks[1]
+        return _fp8_bytes(shard)
     if held.dtype == "w8a8":
         return shard.size + 4 * rows
     first = shard.cols[0] if shard.cols else 0
     group = GROUPS[0] if held.group is None else device_group(shard.param.name, held.group, first, columns)
     return rows * -(-columns // _BLOCK) * (_BLOCK // 2 + _BLOCK // group * _WORD)
+
+
+def codes_beside(shard: Shard, holding: Holding) -> int:
+    """Bytes of the FP8 codes of kv_b_proj, which few tokens are multiplied with instead of its plain values."""
+    return _fp8_bytes(shard) if _is_kv_b(shard.param) and holding.keeps_codes(shard.param.name) else 0
+
+
+def _fp8_bytes(shard: Shard) -> int:
+    blocks = block_grid(shard.shape)
+    return shard.size + 4 * blocks[0] * blocks[1]
 
 
 def device_group(name: str, size: int, first: int, columns: int) -> int:

@@ -6,7 +6,16 @@ Attention of prompts stays a kernel: its roundings would tip codes of what follo
 import torch
 
 from deepspan.backends.torch_triton.gpu import attention, linear, model, sampling
-from deepspan.backends.torch_triton.kernels import absorb, entries, few_rows, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.kernels import (
+    absorb,
+    entries,
+    few_rows,
+    mla_decode,
+    quant,
+    rope_cache,
+    router,
+    values,
+)
 from deepspan.backends.torch_triton.kernels import experts as expert_kernels
 
 
@@ -16,6 +25,10 @@ def _product(x, weight, gated=False):
 
 def _attend(q, cache, table, lengths, scale, latent, longest):
     return mla_decode.mla_decode_eager(q, cache, table, lengths, scale, latent).bfloat16()
+
+
+def _attended(*arguments):
+    return mla_decode.Attended(_attend(*arguments), None)
 
 
 def _choose(x, weight, bias, spec, room, shared):
@@ -30,7 +43,9 @@ def put_in_place(monkeypatch):
     monkeypatch.setattr(expert_kernels, "gate_up", _gate_up)
     monkeypatch.setattr(expert_kernels, "down", _down)
     monkeypatch.setattr(attention, "absorb", absorb.absorb_eager)
+    monkeypatch.setattr(attention, "attend", _attended)
     monkeypatch.setattr(attention, "mla_decode", _attend)
+    monkeypatch.setattr(attention, "values", values.values_eager)
     monkeypatch.setattr(attention, "rope_cache", rope_cache.rope_cache_eager)
     monkeypatch.setattr(attention, "read_entries", entries.read_entries_eager)
     monkeypatch.setattr(model, "choose_experts", _choose)

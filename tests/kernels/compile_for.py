@@ -38,7 +38,9 @@ from deepspan.backends.torch_triton.kernels import (
     quant,
     rope_cache,
     router,
+    values,
 )
+from deepspan.backends.torch_triton.kernels.kv_b import KvB
 from deepspan.backends.torch_triton.kernels.weights import Fp8Weight, Int4Weight, Int8Weight, Weight
 from deepspan.models.catalog import load_spec
 
@@ -203,7 +205,21 @@ def launch_around_attention(chip: chips.Chip) -> None:
         q, kv = empty(tokens, heads, 192), empty(tokens, 576)
         at = empty(tokens, dtype=torch.int32), empty(tokens, dtype=torch.int32)
         rope_cache.rope_cache(kv, empty(512), 1e-6, q[:, :, 128:], q[:, :, 128:], *at, tables, cache)
-        absorb.absorb(q, empty(heads, 128, 512), kv, empty(512), 1e-6, *at, tables, cache)
+        for matrix in (empty(heads * 256, 512), next(weights(chip, heads * 256, 512))):
+            absorb.absorb(q, KvB(matrix, heads), kv, empty(512), 1e-6, *at, tables, cache)
+
+
+def launch_values(chip: chips.Chip) -> None:
+    for heads, tokens, parts in itertools.product((16, 128), (1, 2, 4, 8), (1, 18, 66)):
+        part = empty(tokens, heads, parts, 512, dtype=torch.float32)
+        attended = mla_decode.Attended(part, empty(tokens, heads, parts, dtype=torch.float32))
+        if parts == 1:
+            attended = mla_decode.Attended(empty(tokens, heads, 512), None)
+        if tokens * parts > 66:
+            continue
+        for matrix in (empty(heads * 256, 512), next(weights(chip, heads * 256, 512))):
+            for quantise in (False, True)[: 1 + chip.fp8_units]:
+                values.values(attended, KvB(matrix, heads), 128, quantise)
 
 
 def launch_prompts(chip: chips.Chip) -> None:
@@ -245,7 +261,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     modules = (
         quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
-        best, embed, pairs, decoded, all_reduce,
+        best, embed, pairs, decoded, all_reduce, values,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip
@@ -255,7 +271,7 @@ def main(name: str) -> None:
     JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)
     launchers = (
         launch_quant, launch_few_rows, launch_experts, launch_router, launch_mla, launch_around_attention,
-        launch_prompts, launch_tokens, launch_between_ranks,
+        launch_values, launch_prompts, launch_tokens, launch_between_ranks,
     )  # fmt: skip
     for launch in launchers:
         launch(chip)

@@ -24,9 +24,9 @@ def test_a_batch_of_one_uses_the_experts_of_one_token():
     assert distinct_experts(V3, 10_000) == pytest.approx(256)
 
 
-def test_a_decode_step_of_five_layers_of_v3_in_fp8_reads_4_86_gigabytes():
-    """One dense layer of 0.60 GB, four of 0.204 + 9 x 0.0440 GB, a BF16 head of 1.85 GB."""
-    assert read(SLICE, 1, 0, "fp8", "bf16") == pytest.approx(4.86e9, rel=0.005)
+def test_a_decode_step_of_five_layers_of_v3_in_fp8_reads_4_78_gigabytes():
+    """One dense layer of 0.58 GB, four of 0.187 + 9 x 0.0440 GB, a BF16 head of 1.85 GB."""
+    assert read(SLICE, 1, 0, "fp8", "bf16") == pytest.approx(4.78e9, rel=0.005)
 
 
 def test_experts_that_were_counted_take_the_place_of_even_routing():
@@ -47,7 +47,7 @@ def test_every_sequence_reads_its_own_latents():
 def test_linear_weights_shrink_with_their_format(dtype, bits):
     linear = (read(V3, 1, 0, dtype, "bf16") - read(V3, 1, 0, "bf16", "bf16")) / 2
     active = 37_552_297_472 - 2 * 129_280 * 7168  # without embedding and head; norms and routers are small
-    active -= 61 * 32_768 * 512  # kv_b_proj is always in BF16
+    active -= 61 * 32_768 * 512 * (dtype != "fp8")  # kv_b_proj is in BF16, in FP8 as well
     assert linear == pytest.approx(active * (bits / 16 - 1), rel=0.04)
 
 

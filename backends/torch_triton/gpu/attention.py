@@ -19,11 +19,14 @@ from torch import Tensor
 
 from ....models.rope import softmax_scale
 from ....models.spec import ModelSpec
-from ..kernels.absorb import FEW_TOKENS, absorb
+from ..kernels.absorb import absorb
 from ..kernels.entries import read_entries
-from ..kernels.mla_decode import mla_decode
+from ..kernels.kv_b import FEW_TOKENS, KvB
+from ..kernels.mla_decode import attend, mla_decode
 from ..kernels.prompt_attention import prompt_attention
+from ..kernels.quant import GROUP
 from ..kernels.rope_cache import Tables, rope_cache
+from ..kernels.values import values
 from .inputs import Absorbed, Prompts, Step
 from .linear import Linear, Norm, Operand, operand
 
@@ -32,7 +35,7 @@ class Projections(NamedTuple):
     """The layers of one attention block.
 
     ``qkv_a`` gives [q_a, or all queries | latent | rope key], of which the latent starts at ``latent_column``.
-    Without q_b the queries are direct.
+    Without q_b the queries are direct. ``kv_b``: the numbers of ``kv_b_HYC`` in their fewest bytes.
     """
 
     qkv_a: Linear
@@ -41,6 +44,7 @@ class Projections(NamedTuple):
     q_b: Linear | None
     kv_norm_C: Tensor
     kv_b_HYC: Tensor
+    kv_b: KvB
     o: Linear
 
 
@@ -62,25 +66,32 @@ class Attention:
             q = layers.q_b(operand(layers.q_norm(projected[:, : spec.q_lora_rank])))
         heads, width = len(layers.kv_b_HYC), spec.qk_head_dim
         q_THX = q[:, : heads * width].unflatten(1, (heads, width))
+        out: Operand
         if step.decode is not None:
             out = self._decode(q_THX, kv_TX, step, step.decode, cache_PZE)
         else:
             out = self._mixed(q_THX, kv_TX, step, cache_PZE)
         return layers.o(out)[:, : spec.hidden_size]
 
-    def _decode(self, q_THX: Tensor, kv_TX: Tensor, step: Step, decode: Absorbed, cache_PZE: Tensor) -> Tensor:
+    def _decode(self, q_THX: Tensor, kv_TX: Tensor, step: Step, decode: Absorbed, cache_PZE: Tensor) -> Operand:
         """All tokens attend in the absorbed form."""
-        layers, spec = self._layers, self._spec
         if len(q_THX) <= FEW_TOKENS:
-            q_absorbed_THX = absorb(
-                q_THX, self._k_b_HNC, kv_TX, layers.kv_norm_C, spec.latent_norm_eps, step.positions_T, step.slots_T,
-                self._rope, cache_PZE,
-            )  # fmt: skip
-        else:
-            q_absorbed_THX = self._absorb(q_THX)
-            rotated_THR = q_absorbed_THX[:, :, spec.kv_lora_rank :]
-            self._rotate(q_THX[:, :, spec.qk_nope_head_dim :], rotated_THR, kv_TX, step, cache_PZE)
-        return self._values(self._attend_absorbed(q_absorbed_THX, decode, cache_PZE))
+            return self._decode_few(q_THX, kv_TX, step, decode, cache_PZE)
+        spec = self._spec
+        q_absorbed_THX = self._absorb(q_THX)
+        rotated_THR = q_absorbed_THX[:, :, spec.kv_lora_rank :]
+        self._rotate(q_THX[:, :, spec.qk_nope_head_dim :], rotated_THR, kv_TX, step, cache_PZE)
+        return self._values(mla_decode(q_absorbed_THX, *self._absorbed(decode, cache_PZE)))
+
+    def _decode_few(self, q_THX: Tensor, kv_TX: Tensor, step: Step, decode: Absorbed, cache_PZE: Tensor) -> Operand:
+        layers, spec, form = self._layers, self._spec, self._layers.o.form
+        q_absorbed_THX = absorb(
+            q_THX, layers.kv_b, kv_TX, layers.kv_norm_C, spec.latent_norm_eps, step.positions_T, step.slots_T,
+            self._rope, cache_PZE,
+        )  # fmt: skip
+        attended = attend(q_absorbed_THX, *self._absorbed(decode, cache_PZE))
+        quantise = form.codes == "fp8" and spec.v_head_dim == GROUP
+        return values(attended, layers.kv_b, spec.v_head_dim, quantise, form.ue8m0)
 
     def _mixed(self, q_THX: Tensor, kv_TX: Tensor, step: Step, cache_PZE: Tensor) -> Tensor:
         """Queries are rotated where they are."""
@@ -92,7 +103,7 @@ class Attention:
             q_AHX = q_THX[absorbed.rows]
             q_absorbed_AHX = self._absorb(q_AHX)
             q_absorbed_AHX[:, :, latent:] = q_AHX[:, :, nope:]
-            out_AY = self._values(self._attend_absorbed(q_absorbed_AHX, absorbed, cache_PZE))
+            out_AY = self._values(mla_decode(q_absorbed_AHX, *self._absorbed(absorbed, cache_PZE)))
             out_THV[absorbed.rows] = out_AY.unflatten(1, out_THV.shape[1:])
         for prompts in step.prompts:
             self._attend_expanded(q_THX, prompts, cache_PZE, out_THV)
@@ -119,9 +130,10 @@ class Attention:
         torch.bmm(context_AHC.transpose(0, 1), self._v_b_HVC.transpose(1, 2), out=out_AHV.transpose(0, 1))
         return out_AHV.flatten(1)
 
-    def _attend_absorbed(self, q_AHX: Tensor, absorbed: Absorbed, cache_PZE: Tensor) -> Tensor:
-        table_BM, lengths_B, latent = absorbed.table_BM, absorbed.lengths_B, self._spec.kv_lora_rank
-        return mla_decode(q_AHX, cache_PZE, table_BM, lengths_B, self._scale, latent, absorbed.longest)
+    def _absorbed(self, absorbed: Absorbed, cache_PZE: Tensor) -> tuple[Tensor, Tensor, Tensor, float, int, int]:
+        """What attention in this form takes besides queries."""
+        latent = self._spec.kv_lora_rank
+        return cache_PZE, absorbed.table_BM, absorbed.lengths_B, self._scale, latent, absorbed.longest
 
     def _attend_expanded(self, q_THX: Tensor, prompts: Prompts, cache_PZE: Tensor, out_THV: Tensor) -> None:
         """Keys and values of the heads from the cached latents, then attention over them into ``out_THV``."""

@@ -11,6 +11,7 @@ from typing import Any
 from ....models.errors import InputError
 from ....models.holding import Holding
 from ....models.spec import ModelSpec
+from ..kernels.kv_b import KvB
 from ..layers import adjacent_pairs
 from ..parallel import Mesh
 from .attention import Projections
@@ -36,6 +37,7 @@ class Loader:
     def __init__(self, spec: ModelSpec, source: DeviceTensors, holding: Holding):
         self.spec = spec
         self.source = source
+        self._holding = holding
         self._formats = Formats(source.device, holding, spec.fp8 is not None and spec.fp8.scale_fmt == "ue8m0")
         grid = source.mesh.grid
         self._heads = spec.num_attention_heads // grid.tp
@@ -79,10 +81,11 @@ class Loader:
         spec = self.spec
         kv_a = Part(f"{prefix}.kv_a_proj_with_mqa.weight", self._pairs(spec.latent_dim))
         queries = self._pairs(spec.qk_head_dim)
-        kv_b = self.source.plain(f"{prefix}.kv_b_proj.weight")
+        kv_b = self._kv_b(f"{prefix}.kv_b_proj.weight")
         common = (
             self.source.plain(f"{prefix}.kv_a_layernorm.weight"),
-            kv_b.view(self._heads, -1, spec.kv_lora_rank),
+            kv_b.plain(),
+            kv_b,
             self.linear(Part(f"{prefix}.o_proj.weight")),
         )
         if spec.q_lora_rank is None:
@@ -92,6 +95,10 @@ class Loader:
         q_b = self.linear(Part(f"{prefix}.q_b_proj.weight", queries))
         q_norm = self.norm(f"{prefix}.q_a_layernorm.weight", spec.latent_norm_eps, q_b.form)
         return Projections(qkv_a, whole_blocks(spec.q_lora_rank), q_norm, q_b, *common)
+
+    def _kv_b(self, name: str) -> KvB:
+        codes = self._holding.keeps_codes(name)
+        return KvB(self.source.fp8(name) if codes else self.source.plain(name), self._heads)
 
     def swiglu(self, prefix: str) -> tuple[Linear, Linear]:
         """[gate; up] and down of a dense layer, or of shared experts."""

@@ -4,7 +4,7 @@ Queries are multiplied by the keys' half of kv_b, which is read before waiting f
 rotated; and the tokens' cache entries are written. Of many tokens a library's products are faster.
 
 Shape letters: T tokens, H heads, N nope dim, C latent (kv_lora_rank), R rope dim, X = C + R, Z = R / 2 pairs, J columns
-of a tile of C.
+of a tile of C, Y rows of kv_b of a head.
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C.
 """
 
@@ -14,22 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from . import entries, pdl
+from . import entries, kv_b, pdl
 from .chips import check, chip_of, options
+from .kv_b import KvB, check_kv_b
 from .rope_cache import Tables, angles, rope_cache_eager, rotated, write_entries
 from .sizes import cdiv, power_of_2
 
-FEW_TOKENS = 8
 _SPLITS = 2  # programs of a head
 
 
 @triton.jit
 def _absorb(
-    q_ptr, q_stride_t, q_stride_h, k_b_ptr, k_b_stride_h, k_b_stride_n, out_ptr, out_stride_t, out_stride_h,
+    q_ptr, q_stride_t, q_stride_h, kv_b_ptr, kv_b_stride, scales_ptr, scales_stride, out_ptr, out_stride_t,
+    out_stride_h,
     kv_ptr, kv_stride, weight_ptr, eps, position_ptr, slot_ptr, cos_ptr, sin_ptr, cache_ptr, cache_stride_block,
-    cache_stride_token, T, H, N, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
+    cache_stride_token, T, H, Y, N, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Z: tl.constexpr,
-    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
+    IN_BLOCK: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: SPLITS programs of each head, then one for the keys; tiles of T."""
     t_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -37,15 +38,17 @@ def _absorb(
     h = tl.program_id(0) // SPLITS
     if h < H:
         n_N = tl.arange(0, BLOCK_N)
-        j_J = tl.program_id(0) % SPLITS * BLOCK_J + tl.arange(0, BLOCK_J)
-        k_b_ptrs_NJ = k_b_ptr + h * k_b_stride_h + (n_N * k_b_stride_n)[:, None] + j_J[None, :]
-        k_b_NJ = tl.load(k_b_ptrs_NJ, mask=(n_N < N)[:, None] & (j_J < C)[None, :], other=0.0)
+        start = tl.program_id(0) % SPLITS * BLOCK_J
+        k_b_NJ = kv_b.head_rows(
+            kv_b_ptr, kv_b_stride, scales_ptr, scales_stride, h * Y, BLOCK_N, N, start, BLOCK_J, C, IN_BLOCK
+        )
         pdl.wait(PDL)
         pdl.release(PDL)
         q_ptrs_T = q_ptr + t_T.to(tl.int64) * q_stride_t + h * q_stride_h
         q_TN = tl.load(q_ptrs_T[:, None] + n_N[None, :], mask=valid_T[:, None] & (n_N < N)[None, :], other=0.0)
         out_ptrs_T = out_ptr + t_T.to(tl.int64) * out_stride_t + h * out_stride_h
         latent_TJ = tl.dot(q_TN, k_b_NJ)
+        j_J = start + tl.arange(0, BLOCK_J)
         tl.store(out_ptrs_T[:, None] + j_J[None, :], latent_TJ, mask=valid_T[:, None] & (j_J < C)[None, :])
         if tl.program_id(0) % SPLITS == 0:
             cos_TZ, sin_TZ = angles(position_ptr, cos_ptr, sin_ptr, t_T, valid_T, R, BLOCK_Z)
@@ -68,7 +71,7 @@ def _absorb(
 
 def absorb(
     q_THY: torch.Tensor,
-    k_b_HNC: torch.Tensor,
+    weights: KvB,
     kv_TX: torch.Tensor,
     weight_C: torch.Tensor,
     eps: float,
@@ -79,18 +82,18 @@ def absorb(
 ) -> torch.Tensor:
     """Queries for `mla_decode`, BF16 [T, H, C + R], from unrotated ones [T, H, N + R]; and the tokens' cache entries.
 
-    ``k_b_HNC``: the keys' rows of kv_b; ``kv_TX``, ``weight_C``, ``eps``, ``positions_T``, ``slots_T`` and ``cache`` as
-    in `rope_cache`.
+    ``kv_TX``, ``weight_C``, ``eps``, ``positions_T``, ``slots_T`` and ``cache`` as in `rope_cache`.
     """
     name = "absorb"
     tokens, heads, width = q_THY.shape
-    nope, latent = k_b_HNC.shape[1:]
-    rope = width - nope
-    check(len(k_b_HNC) == heads and len(weight_C) == latent, f"kv_b {tuple(k_b_HNC.shape)}", name)
+    latent = len(weight_C)
+    rope = kv_TX.shape[1] - latent
+    nope = width - rope
+    check_kv_b(weights, heads, latent, name)
     check(kv_TX.shape == (tokens, latent + rope), f"keys {tuple(kv_TX.shape)}", name)
     entries.check_cache(cache, latent, rope, name)
     check(len(positions_T) == len(slots_T) == tokens, "one position and one slot per token", name)
-    contiguous = all(x.stride(-1) == 1 for x in (q_THY, k_b_HNC, kv_TX, positions_T, slots_T))
+    contiguous = all(x.stride(-1) == 1 for x in (q_THY, kv_TX, positions_T, slots_T))
     check(contiguous and tables.cos.is_contiguous() and tables.sin.is_contiguous(), "rows must be contiguous", name)
     check(tables.cos.shape[1] == rope // 2, f"tables of {tables.cos.shape[1]} pairs", name)
     chip = chip_of(cache.device)
@@ -98,19 +101,21 @@ def absorb(
     block_t = 16
     block_c = power_of_2(latent)
     splits = max(1, min(_SPLITS, block_c // 16))
+    block_j = max(16, block_c // splits)
     _absorb[(heads * splits + 1, cdiv(tokens, block_t))](
-        q_THY, *q_THY.stride()[:2], k_b_HNC, *k_b_HNC.stride()[:2], out, *out.stride()[:2], kv_TX, kv_TX.stride(0),
-        weight_C, eps, positions_T, slots_T, *tables, cache, *cache.stride()[:2], tokens, heads, nope, latent, rope,
+        q_THY, *q_THY.stride()[:2], *weights.arguments(chip), out, *out.stride()[:2], kv_TX, kv_TX.stride(0), weight_C,
+        eps, positions_T, slots_T, *tables, cache, *cache.stride()[:2], tokens, heads, weights.rows, nope, latent, rope,
         SPLITS=splits, PAGE=cache.shape[1], BLOCK_T=block_t, BLOCK_N=max(16, power_of_2(nope)),
-        BLOCK_J=max(16, block_c // splits), BLOCK_C=block_c, BLOCK_Z=power_of_2(rope // 2),
-        INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch, **options(chip, 8),
+        BLOCK_J=block_j, BLOCK_C=block_c, BLOCK_Z=power_of_2(rope // 2),
+        IN_BLOCK=weights.in_block(0, nope, block_j), INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch,
+        **options(chip, 8),
     )  # fmt: skip
     return out
 
 
 def absorb_eager(
     q_THY: torch.Tensor,
-    k_b_HNC: torch.Tensor,
+    weights: KvB,
     kv_TX: torch.Tensor,
     weight_C: torch.Tensor,
     eps: float,
@@ -120,8 +125,9 @@ def absorb_eager(
     cache: torch.Tensor,
 ) -> torch.Tensor:
     """The twin of `absorb`."""
-    nope, latent = k_b_HNC.shape[1:]
-    latents_THC = torch.einsum("thn,hnc->thc", q_THY[:, :, :nope].float(), k_b_HNC.float())
+    latent = len(weight_C)
+    nope = q_THY.shape[2] - (kv_TX.shape[1] - latent)
+    latents_THC = torch.einsum("thn,hnc->thc", q_THY[:, :, :nope].float(), weights.plain()[:, :nope].float())
     out = torch.cat([latents_THC.bfloat16(), q_THY[:, :, nope:]], dim=2)
     q_rope_THR = q_THY[:, :, nope:]
     rope_cache_eager(kv_TX, weight_C, eps, q_rope_THR, out[:, :, latent:], positions_T, slots_T, tables, cache)

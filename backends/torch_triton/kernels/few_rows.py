@@ -78,19 +78,21 @@ class Config(NamedTuple):
 def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: bool = False) -> Config:
     """The fastest of sweeps on an H200: as many tiles as run at once, none in a second wave.
 
-    Long rows: one program on each processor with a deep pipeline; short ones: two with a shallow one; if gated, three
-    with the same number of rows.
+    Long rows: one program on each processor, with a pipeline so deep that no second one fits beside it: programs that
+    start early go where there is room, and would leave processors idle. Short ones: two with a shallow one; if gated,
+    three. Each with the same number of rows.
     """
     if int4 and chip.shared_memory >= 160 << 10:
         return _choose_int4(rows, outputs, inputs, gated, chip)
     block_m = min(64, max(16, power_of_2(rows)))
     few = block_m == 16
-    deep, shallow = (6, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
+    deep, shallow = (7, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
     if gated:
         even = even_share(outputs, 3 * chip.processors, 64) if shallow == 4 else None
         return Config(block_m, even or 32, 1, 4, shallow) if few else Config(block_m, 64, 1, 4, deep)
     if inputs >= 8192:
-        return Config(block_m, 128, max(1, chip.processors // cdiv(outputs, 128)), 4, deep)
+        splits = max(1, chip.processors // cdiv(outputs, 128))
+        return Config(block_m, even_share(outputs, chip.processors // splits, 128) or 128, splits, 4, deep)
     programs = cdiv(outputs, 64)
     if programs > 2 * chip.processors and few:
         return Config(block_m, 128, 1, 4, shallow)

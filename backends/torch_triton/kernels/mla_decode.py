@@ -121,23 +121,32 @@ def _load(
 
 
 @triton.jit
+def merged_row(part_ptr, lse_ptr, row, c_C, C, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """Columns ``c_C`` of a query row's result, from its parts in their order; FP32, or BF16 as the only part is."""
+    if PARTS == 1:
+        out_C = tl.load(part_ptr + row * C + c_C, mask=c_C < C, other=0.0)
+    else:
+        p_P = tl.arange(0, PADDED)
+        lse_P = tl.load(lse_ptr + row * PARTS + p_P, mask=p_P < PARTS, other=float("-inf"))
+        most = tl.max(lse_P, 0)
+        weight_P = tl.exp2(lse_P - tl.where(most == float("-inf"), 0.0, most))
+        total = tl.sum(weight_P, 0)
+        mask_PC = (lse_P > float("-inf"))[:, None] & (c_C < C)[None, :]
+        part_PC = tl.load(part_ptr + (row * PARTS + p_P)[:, None] * C + c_C[None, :], mask=mask_PC, other=0.0)
+        out_C = tl.sum(part_PC * weight_P[:, None], 0) * (1.0 / tl.where(total > 0, total, 1.0))
+    return out_C
+
+
+@triton.jit
 def _merge(
     part_ptr, lse_ptr, out_ptr, C, PARTS: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr
 ):
-    """Grid: query rows, tiles of C. Sums in the order of the parts."""
+    """Grid: query rows, tiles of C."""
     row = tl.program_id(0).to(tl.int64)
     c_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p_P = tl.arange(0, PADDED)
     pdl.wait(PDL)
     pdl.release(PDL)
-    lse_P = tl.load(lse_ptr + row * PARTS + p_P, mask=p_P < PARTS, other=float("-inf"))
-    most = tl.max(lse_P, 0)
-    weight_P = tl.exp2(lse_P - tl.where(most == float("-inf"), 0.0, most))
-    total = tl.sum(weight_P, 0)
-    mask_PC = (lse_P > float("-inf"))[:, None] & (c_C < C)[None, :]
-    part_PC = tl.load(part_ptr + (row * PARTS + p_P)[:, None] * C + c_C[None, :], mask=mask_PC, other=0.0)
-    out_C = tl.sum(part_PC * weight_P[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * C + c_C, out_C, mask=c_C < C)
+    tl.store(out_ptr + row * C + c_C, merged_row(part_ptr, lse_ptr, row, c_C, C, PARTS, PADDED), mask=c_C < C)
 
 
 class Config(NamedTuple):
@@ -185,7 +194,14 @@ def parts_for(batch: int, rows: int, longest: int, config: Config, chip: Chip) -
     return max(1, min(rooms // programs, cdiv(longest, config.block_s), 128))
 
 
-def mla_decode(
+class Attended(NamedTuple):
+    """Weighted latents of every query, in parts of the context, which `merged` or `values.values` put together."""
+
+    parts: torch.Tensor  # float32 [T, H, P, C], or of one part BF16 [T, H, C]
+    lse_THP: torch.Tensor | None  # float32, log2 of the parts' sums; of one part None
+
+
+def attend(
     q_THX: torch.Tensor,
     cache: torch.Tensor,
     table: torch.Tensor,
@@ -195,8 +211,8 @@ def mla_decode(
     longest: int,
     parts: int | None = None,
     config: Config | None = None,
-) -> torch.Tensor:
-    """Weighted latents, BF16 [T, H, C], of absorbed queries [T, H, C + R]; T = B Q, sequence by sequence.
+) -> Attended:
+    """Of absorbed queries [T, H, C + R]; T = B Q, sequence by sequence.
 
     ``cache`` [blocks, block_size, E], BF16 or FP8; ``table`` int32 [B, ...], a sequence's blocks in order, anything
     after them; ``lengths`` int32 [B] counts the query tokens too, and is 0 for a row of padding, whose result is 0.
@@ -217,28 +233,53 @@ def mla_decode(
     rows = queries * heads
     config = config or choose(rows, q_THX, cache, latent, chip)
     parts = parts or parts_for(batch, rows, longest, config, chip)
-    device = q_THX.device
-    out = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=device)
-    partial = torch.empty(tokens, heads, parts, latent, dtype=torch.float32, device=device) if parts > 1 else out
-    lse = torch.empty(tokens, heads, parts, dtype=torch.float32, device=device) if parts > 1 else None
-    block_c = max(16, power_of_2(latent))
-    if config.has_tasks:
-        mla_hopper.launch(q_THX, cache, table, lengths, scale * LOG2_E, partial, lse, chip)
+    if parts == 1:
+        out = Attended(q_THX.new_empty(tokens, heads, latent), None)
     else:
-        _attend[(cdiv(rows, config.block_n), parts, batch)](
-            q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
-            lengths, partial, lse, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
-            BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=block_c,
-            BLOCK_R=max(16, power_of_2(rope)), INSTRUCTION=chip.decodes_fp8, PREFETCH=config.prefetch,
-            STAGES=config.stages, PDL=chip.dependent_launch, **options(chip, config.warps, config.stages),
-        )  # fmt: skip
-    if parts > 1:
-        tile_c = min(block_c, 256)
-        _merge[(tokens * heads, cdiv(latent, tile_c))](
-            partial, lse, out, latent, PARTS=parts, PADDED=power_of_2(parts), BLOCK_C=tile_c,
-            PDL=chip.dependent_launch, **options(chip, 4),
-        )  # fmt: skip
+        room = q_THX.new_empty(tokens, heads, parts, latent, dtype=torch.float32)
+        out = Attended(room, q_THX.new_empty(tokens, heads, parts, dtype=torch.float32))
+    if config.has_tasks:
+        mla_hopper.launch(q_THX, cache, table, lengths, scale * LOG2_E, *out, chip)
+        return out
+    _attend[(cdiv(rows, config.block_n), parts, batch)](
+        q_THX, q_THX.stride(0), q_THX.stride(1), cache, cache.stride(0), cache.stride(1), table, table.stride(0),
+        lengths, *out, scale * LOG2_E, heads, queries, latent, rope, PAGE=cache.shape[1], PARTS=parts,
+        BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=max(16, power_of_2(latent)),
+        BLOCK_R=max(16, power_of_2(rope)), INSTRUCTION=chip.decodes_fp8, PREFETCH=config.prefetch,
+        STAGES=config.stages, PDL=chip.dependent_launch, **options(chip, config.warps, config.stages),
+    )  # fmt: skip
     return out
+
+
+def merged(attended: Attended) -> torch.Tensor:
+    """BF16 [T, H, C]."""
+    part_THPC, lse_THP = attended
+    if lse_THP is None:
+        return part_THPC
+    tokens, heads, parts, latent = part_THPC.shape
+    chip = chip_of(part_THPC.device)
+    out = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=part_THPC.device)
+    tile_c = min(max(16, power_of_2(latent)), 256)
+    _merge[(tokens * heads, cdiv(latent, tile_c))](
+        part_THPC, lse_THP, out, latent, PARTS=parts, PADDED=power_of_2(parts), BLOCK_C=tile_c,
+        PDL=chip.dependent_launch, **options(chip, 4),
+    )  # fmt: skip
+    return out
+
+
+def mla_decode(
+    q_THX: torch.Tensor,
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    latent: int,
+    longest: int,
+    parts: int | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """`attend`, and its parts merged: weighted latents, BF16 [T, H, C]."""
+    return merged(attend(q_THX, cache, table, lengths, scale, latent, longest, parts, config))
 
 
 def mla_decode_eager(
