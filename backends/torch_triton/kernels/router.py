@@ -20,18 +20,32 @@ from ....models.routing import route
 from ....models.spec import ModelSpec
 from ..layers import product_f32
 from . import pdl, tiles
-from .chips import check, chip_of, options
+from .chips import Chip, check, chip_of, options
 from .sizes import cdiv, power_of_2
 
-BLOCK_T = 8  # tokens of a tile, for which one program chooses
-BLOCK_E = 16
+BLOCK_T = 8  # the fewest tokens of a tile
 SPLITS = 8  # at most
-PARTS = 8  # of a split's channels, which warps share
-WARPS = 8
-LANES = 32
+LANES = 32  # experts of a token that one register of a warp holds
 LIBRARY_TOKENS = 512  # beyond, a library's product of the logits is faster, and its launch does not count
 MASKED = tl.constexpr(-3e38)  # below every score, above what is taken or padding
 TAKEN = tl.constexpr(0x7FFFFF - 2**31)  # -inf as `_ordered`
+
+
+class Config(NamedTuple):
+    """Tiles. The sum of a logit depends on ``parts`` alone, so all of them give a token the same result."""
+
+    block_t: int  # tokens, for which one program chooses; as many as warps, or more
+    block_e: int
+    warps: int
+    parts: int  # of a split's channels, which warps share
+    registers: int | None = None  # a thread may use, so that two programs fit on a processor
+
+
+def choose(tokens: int, chip: Chip) -> Config:
+    """Few tokens: every processor a piece of the weights. More: fewer programs read the tokens."""
+    if tokens <= 16 or chip.shared_memory < 160 << 10:
+        return Config(BLOCK_T, 16, 8, 8)
+    return Config(16, 32, 8, 8, 128)
 
 
 class Choice(NamedTuple):
@@ -194,7 +208,8 @@ def _choose(
 
 @triton.jit(do_not_specialize=["T", "pitch", "bias_stride"])
 def _route(
-    x_ptr, x_stride, w_ptr, w_stride, bias_ptr, bias_stride, logits_ptr, pitch, arrived_ptr, ids_ptr, weights_ptr, scaling, T, D,
+    x_ptr, x_stride, w_ptr, w_stride, bias_ptr, bias_stride, logits_ptr, pitch, arrived_ptr, ids_ptr, weights_ptr,
+    scaling, T, D,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, X: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr,
     SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
@@ -250,6 +265,7 @@ def choose_experts(
     spec: ModelSpec,
     room: Scratch,
     shared: int = 0,
+    config: Config | None = None,
 ) -> Choice:
     """Route tokens ``x_TD`` (BF16). ``weight_ED`` BF16 or FP32; products and sums are FP32 either way.
 
@@ -270,29 +286,32 @@ def choose_experts(
         torch.empty(tokens, choices + shared, dtype=torch.int32, device=x_TD.device),
         torch.empty(tokens, choices + shared, dtype=torch.float32, device=x_TD.device),
     )
-    limit = groups > 1 and spec.topk_method != "greedy"
-    per_group = experts // groups if limit else experts
+    limited = groups > 1 and spec.topk_method != "greedy"
+    per_group = experts // groups if limited else experts
     normalise = spec.norm_topk_prob and (choices > 1 or spec.scales_normalised_weights)
     bias_stride = 0 if bias_E is None else bias_E.stride(0)
     lanes = min(LANES, power_of_2(per_group))
     rules = {
         "E": experts, "K": choices, "SHARED": shared, "SIGMOID": spec.scoring_func == "sigmoid", "X": per_group,
-        "G": power_of_2(groups) if limit else 1, "R": power_of_2(per_group) // lanes, "L": lanes, "LIMIT": limit,
+        "G": power_of_2(groups) if limited else 1, "R": power_of_2(per_group) // lanes, "L": lanes, "LIMIT": limited,
         "TOP_GROUPS": spec.topk_group, "NORMALISE": normalise,
-        "SCALE": not normalise or spec.scales_normalised_weights, "BLOCK_T": BLOCK_T, "PDL": chip.dependent_launch,
+        "SCALE": not normalise or spec.scales_normalised_weights, "PDL": chip.dependent_launch,
     }  # fmt: skip
     if tokens > LIBRARY_TOKENS:
         logits_TE = product_f32(x_TD, weight_ED)
         _choose_of_logits[(cdiv(tokens, BLOCK_T),)](
-            logits_TE, experts, bias_E, bias_stride, *out, spec.routed_scaling_factor, tokens, **rules, **options(chip, WARPS)
-        )
+            logits_TE, experts, bias_E, bias_stride, *out, spec.routed_scaling_factor, tokens, **rules,
+            BLOCK_T=BLOCK_T, **options(chip, BLOCK_T),
+        )  # fmt: skip
         return out
-    span = max(PARTS * 16, power_of_2(cdiv(hidden, SPLITS)))
-    splits = cdiv(hidden, span)
-    _route[(cdiv(experts, BLOCK_E), splits, cdiv(tokens, BLOCK_T))](
-        x_TD, x_TD.stride(0), weight_ED, weight_ED.stride(0), bias_E, bias_stride, room.logits_STE, experts, room.arrived, *out,
-        spec.routed_scaling_factor, tokens, hidden, **rules, BLOCK_E=BLOCK_E, PARTS=PARTS, PART=span // PARTS,
-        SPLITS=splits, **options(chip, WARPS),
+    config = config or choose(tokens, chip)
+    part = max(16, power_of_2(cdiv(hidden, SPLITS)) // config.parts)
+    splits = cdiv(hidden, part * config.parts)
+    limit = {"maxnreg": config.registers} if config.registers and chip.name.startswith("sm_") else {}
+    _route[(cdiv(experts, config.block_e), splits, cdiv(tokens, config.block_t))](
+        x_TD, x_TD.stride(0), weight_ED, weight_ED.stride(0), bias_E, bias_stride, room.logits_STE, experts,
+        room.arrived, *out, spec.routed_scaling_factor, tokens, hidden, **rules, BLOCK_T=config.block_t,
+        BLOCK_E=config.block_e, PARTS=config.parts, PART=part, SPLITS=splits, **options(chip, config.warps), **limit,
     )  # fmt: skip
     return out
 
