@@ -100,14 +100,14 @@ def _group_keys(key_TGRL, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _kept_groups(key_TG, TOP_GROUPS: tl.constexpr):
-    g_G = tl.arange(0, key_TG.shape[1])[None, :]
-    kept_TG = tl.zeros(key_TG.shape, tl.int1)
-    for _ in tl.static_range(TOP_GROUPS):
-        best_T = tl.max(key_TG, 1)
-        first_T = tl.min(tl.where(key_TG == best_T[:, None], g_G, key_TG.shape[1]), 1)
-        kept_TG = kept_TG | (g_G == first_T[:, None])
-        key_TG = tl.where(g_G == first_T[:, None], TAKEN, key_TG)
-    return kept_TG
+    """The best groups: those that fewer are better than. Each lane of a warp counts for one group H."""
+    g_G = tl.arange(0, key_TG.shape[1])
+    g_1G1, h_11H, key_TG1 = g_G[None, :, None], g_G[None, None, :], key_TG[:, :, None]
+    key_T1H = tl.max(tl.where(g_1G1 == h_11H, key_TG1, TAKEN), 1)[:, None, :]
+    better_TGH = (key_TG1 > key_T1H) | ((key_TG1 == key_T1H) & (g_1G1 < h_11H))
+    kept_TH = tl.sum(better_TGH.to(tl.int32), 1) < TOP_GROUPS
+    bits_T = tl.sum(kept_TH.to(tl.int32) << g_G[None, :], 1)
+    return (bits_T[:, None] >> g_G[None, :]) & 1 == 1
 
 
 @triton.jit
