@@ -2,9 +2,11 @@
 
 Programs share the product by experts and channels; the last program of a token tile to finish adds the partial logits
 in their order and chooses. Ties go to the lower index, as in `models.routing.route`, which is the definition.
+Weights are read before the kernel ahead has ended. A choice is a chain of some twenty reductions: one warp has all the
+scores of a token, so that none of them waits for other warps, and they are of integers, which is one instruction.
 
-Shape letters: T tokens, E experts, G groups, X experts of a group, C columns (G x X, each padded to a power of two),
-K choices, D hidden, S splits of D.
+Shape letters: T tokens, E experts, G groups, R rows of a group, L experts of a row (lanes of a warp), K choices, D
+channels, P parts of a split's channels, S splits of D.
 Source: DeepSeek-V2 section 2.2.3 (softmax), DeepSeek-V3 section 2.1.2 (sigmoid with a selection-only bias).
 """
 
@@ -24,28 +26,29 @@ from .chips import Chip, check, chip_of, options
 from .sizes import cdiv, power_of_2
 
 BLOCK_T = 8  # the fewest tokens of a tile
+WARPS = 8
 SPLITS = 8  # at most
-LANES = 32  # experts of a token that one register of a warp holds
+LANES = 32
 LIBRARY_TOKENS = 512  # beyond, a library's product of the logits is faster, and its launch does not count
 MASKED = tl.constexpr(-3e38)  # below every score, above what is taken or padding
-TAKEN = tl.constexpr(0x7FFFFF - 2**31)  # -inf as `_ordered`
+TAKEN = tl.constexpr(0x7FFFFF - 2**31)  # what `_ordered` makes of -inf
 
 
 class Config(NamedTuple):
-    """Tiles. The sum of a logit depends on ``parts`` alone, so all of them give a token the same result."""
+    """Tiles. ``parts`` alone decides in which order a logit is added, so that no result depends on the batch."""
 
-    block_t: int  # tokens, for which one program chooses; as many as warps, or more
+    block_t: int  # tokens, for which one program chooses; at least as many as warps
     block_e: int
     warps: int
     parts: int  # of a split's channels, which warps share
-    registers: int | None = None  # a thread may use, so that two programs fit on a processor
+    registers: int | None = None  # that a thread may use, so that two programs fit on a processor
 
 
-def choose(tokens: int, chip: Chip) -> Config:
-    """Few tokens: every processor a piece of the weights. More: fewer programs read the tokens."""
-    if tokens <= 16 or chip.shared_memory < 160 << 10:
-        return Config(BLOCK_T, 16, 8, 8)
-    return Config(16, 32, 8, 8, 128)
+def choose(tokens: int, weight_ED: torch.Tensor, chip: Chip) -> Config:
+    """Few tokens: each processor has a piece of the weights. More: larger tiles read weights and tokens less often."""
+    if tokens <= 16 or weight_ED.dtype == torch.float32 or chip.shared_memory < 160 << 10:
+        return Config(BLOCK_T, 16, WARPS, 8)
+    return Config(2 * BLOCK_T, 32, WARPS, 8, 128)
 
 
 class Choice(NamedTuple):
@@ -68,15 +71,24 @@ def scratch(tokens: int, experts: int, device: torch.device) -> Scratch:
 
 
 @triton.jit
-def _ordered(values):
-    """Integers that are ordered as these floats are, and from those the floats again."""
-    bits = values.to(tl.int32, bitcast=True)
+def _flipped(bits):
+    """Between the bits of floats and integers that are ordered as the floats are."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
+def _ordered(values):
+    return _flipped(values.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _floats(keys):
+    return _flipped(keys).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _largest(x_TGRL):
-    """Of each token."""
+    """Of each token. In a warp's registers first."""
     return tl.max(tl.max(tl.max(x_TGRL, 1), 1), 1)
 
 
@@ -111,11 +123,6 @@ def _kept_groups(key_TG, TOP_GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _floats(ordered):
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _scores(logits_TGRL, valid_1GRL, SIGMOID: tl.constexpr):
     if SIGMOID:
         small_TGRL = tl.exp(-tl.abs(logits_TGRL))
@@ -139,7 +146,7 @@ def _experts(E: tl.constexpr, X: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
 @triton.jit
 def _bias(
     bias_ptr, bias_stride, E: tl.constexpr, X: tl.constexpr, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
-    TOKENS: tl.constexpr
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """[T, G, R, L], the same for each token, as the scores will lie."""
     expert_1GRL, valid_1GRL = _experts(E, X, G, R, L)
@@ -159,14 +166,14 @@ def _choose(
 ):  # fmt: skip
     """The choices of tokens ``row_T`` from partial logits [S, T, E], added in their order.
 
-    ``pitch``: of a row of logits. The compiler knows nothing of it, so threads load single numbers, and a warp all of
-    its tokens': no choice then waits for another warp.
+    ``pitch``: of a row of logits. What is known of it decides how scores lie. Nothing is: lanes then load single
+    numbers, L is along the lanes and T along the warps. The same goes for the bias and its stride.
     """
-    COLUMNS: tl.constexpr = triton.next_power_of_2(max(K + SHARED, 32))
     G: tl.constexpr = bias_TGRL.shape[1]
     R: tl.constexpr = bias_TGRL.shape[2]
     L: tl.constexpr = bias_TGRL.shape[3]
     TOKENS: tl.constexpr = row_T.shape[0]
+    COLUMNS: tl.constexpr = triton.next_power_of_2(max(K + SHARED, L))  # no fewer than lanes: they need no exchange
     expert_1GRL, valid_1GRL = _experts(E, X, G, R, L)
     mask_TGRL = (row_T < T)[:, None, None, None] & valid_1GRL
     logits_TGRL = tl.zeros((TOKENS, G, R, L), tl.float32)
@@ -230,9 +237,12 @@ def _route(
     x_mask_PTD = (t_T < T)[None, :, None] & (d_PD < D)[:, None, :]
     x_PTD = tl.load(x_ptr + (t_T * x_stride)[None, :, None] + d_PD[:, None, :], mask=x_mask_PTD, other=0.0)
     product_PET = tl.dot(w_PED, tl.permute(x_PTD, (0, 2, 1)).to(w_PED.dtype), input_precision="ieee")
+    # Pairs in a thread's registers: what warps have to exchange goes through shared memory once.
+    pairs_ETQ2 = tl.reshape(tl.permute(product_PET, (1, 2, 0)), (BLOCK_E, BLOCK_T, PARTS // 2, 2))
+    even_ETQ, odd_ETQ = tl.split(pairs_ETQ2)
     split_ptr = logits_ptr + tl.program_id(1) * T * pitch
     place_ET = t_T[None, :] * pitch + e_E[:, None]
-    tl.store(split_ptr + place_ET, tl.sum(product_PET, 0), mask=(t_T < T)[None, :] & (e_E < E)[:, None])
+    tl.store(split_ptr + place_ET, tl.sum(even_ETQ + odd_ETQ, 2), mask=(t_T < T)[None, :] & (e_E < E)[:, None])
     if tiles.is_last(arrived_ptr + tile, tl.num_programs(0) * tl.num_programs(1)):
         _choose(
             logits_ptr, pitch, bias_TGRL, ids_ptr, weights_ptr, scaling, t_T, T, SPLITS, E, K, SHARED, SIGMOID, X,
@@ -280,6 +290,7 @@ def choose_experts(
     fits = bias_E is None or (bias_E.shape == (experts,) and bias_E.dtype == torch.float32)
     check(fits, "the bias must be float32, one number per expert", name)
     fits = tokens > LIBRARY_TOKENS or (room.logits_STE.shape[1] >= tokens and room.logits_STE.shape[2] == experts)
+    check(groups <= LANES, f"{groups} groups", name)
     check(fits, f"scratch {tuple(room.logits_STE.shape)} for {tokens} tokens", name)
     chip = chip_of(x_TD.device)
     out = Choice(
@@ -301,10 +312,10 @@ def choose_experts(
         logits_TE = product_f32(x_TD, weight_ED)
         _choose_of_logits[(cdiv(tokens, BLOCK_T),)](
             logits_TE, experts, bias_E, bias_stride, *out, spec.routed_scaling_factor, tokens, **rules,
-            BLOCK_T=BLOCK_T, **options(chip, BLOCK_T),
+            BLOCK_T=BLOCK_T, **options(chip, WARPS),
         )  # fmt: skip
         return out
-    config = config or choose(tokens, chip)
+    config = config or choose(tokens, weight_ED, chip)
     part = max(16, power_of_2(cdiv(hidden, SPLITS)) // config.parts)
     splits = cdiv(hidden, part * config.parts)
     limit = {"maxnreg": config.registers} if config.registers and chip.name.startswith("sm_") else {}
