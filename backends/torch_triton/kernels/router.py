@@ -99,24 +99,25 @@ def _first(where_TGRL, index_TGRL):
 
 
 @triton.jit
-def _group_keys(key_TGRL, SIGMOID: tl.constexpr):
-    """What groups are chosen by, [T, G]: V3 scores a group by its two best experts, V2 by its best."""
+def _group_scores(key_TGRL, SIGMOID: tl.constexpr):
+    """V3 scores a group by its two best experts, V2 by its best."""
     best_TG = tl.max(tl.max(key_TGRL, 2), 2)
+    score_TG = _floats(best_TG)
     if SIGMOID:
         is_best_TGRL = key_TGRL == best_TG[:, :, None, None]
         others_TG = tl.max(tl.max(tl.where(is_best_TGRL, TAKEN, key_TGRL), 2), 2)
-        second_TG = tl.where(tl.sum(tl.sum(is_best_TGRL.to(tl.int32), 2), 2) > 1, best_TG, others_TG)
-        best_TG = _ordered(_floats(best_TG) + _floats(second_TG))
-    return best_TG
+        twice_TG = tl.sum(tl.sum(is_best_TGRL.to(tl.int32), 2), 2) > 1
+        score_TG += _floats(tl.where(twice_TG, best_TG, others_TG))
+    return score_TG
 
 
 @triton.jit
-def _kept_groups(key_TG, TOP_GROUPS: tl.constexpr):
-    """The best groups: those that fewer are better than. Each lane of a warp counts for one group H."""
-    g_G = tl.arange(0, key_TG.shape[1])
-    g_1G1, h_11H, key_TG1 = g_G[None, :, None], g_G[None, None, :], key_TG[:, :, None]
-    key_T1H = tl.max(tl.where(g_1G1 == h_11H, key_TG1, TAKEN), 1)[:, None, :]
-    better_TGH = (key_TG1 > key_T1H) | ((key_TG1 == key_T1H) & (g_1G1 < h_11H))
+def _kept_groups(score_TG, TOP_GROUPS: tl.constexpr):
+    """The groups that fewer are better than. Each lane of a warp counts for one group H."""
+    g_G = tl.arange(0, score_TG.shape[1])
+    g_1G1, h_11H, score_TG1 = g_G[None, :, None], g_G[None, None, :], score_TG[:, :, None]
+    score_T1H = tl.max(tl.where(g_1G1 == h_11H, score_TG1, float("-inf")), 1)[:, None, :]
+    better_TGH = (score_TG1 > score_T1H) | ((score_TG1 == score_T1H) & (g_1G1 < h_11H))
     kept_TH = tl.sum(better_TGH.to(tl.int32), 1) < TOP_GROUPS
     bits_T = tl.sum(kept_TH.to(tl.int32) << g_G[None, :], 1)
     return (bits_T[:, None] >> g_G[None, :]) & 1 == 1
@@ -184,9 +185,9 @@ def _choose(
     scores_TGRL = _scores(logits_TGRL, valid_1GRL, SIGMOID)
     key_TGRL = tl.where(valid_1GRL, _ordered(scores_TGRL + bias_TGRL), TAKEN)
     if LIMIT:
-        kept_TG = _kept_groups(_group_keys(key_TGRL, SIGMOID), TOP_GROUPS)
+        kept_TG = _kept_groups(_group_scores(key_TGRL, SIGMOID), TOP_GROUPS)
         masked = _ordered(tl.full((), MASKED if SIGMOID else 0.0, tl.float32))
-        key_TGRL = tl.where(kept_TG[:, :, None, None] | (key_TGRL == TAKEN), key_TGRL, masked)
+        key_TGRL = tl.where(kept_TG[:, :, None, None] | ~valid_1GRL, key_TGRL, masked)
 
     index_TGRL = tl.broadcast_to(tl.where(valid_1GRL, expert_1GRL, E), key_TGRL.shape)
     score_bits_TGRL = scores_TGRL.to(tl.int32, bitcast=True)  # no score is negative
