@@ -176,7 +176,7 @@ def launch_router(chip: chips.Chip) -> None:
     for name in ("deepseek_v3", "deepseek_v2_lite"):
         spec = load_spec(name)
         bias = empty(spec.n_routed_experts, dtype=torch.float32) if spec.topk_method == "noaux_tc" else None
-        for tokens in (1, 8, 16, 600):
+        for tokens in (1, 64, 600):
             room = router.scratch(tokens, spec.n_routed_experts, torch.device("meta"))
             weight = empty(spec.n_routed_experts, spec.hidden_size)
             router.choose_experts(empty(tokens, spec.hidden_size), weight, bias, spec, room, shared=1)

@@ -14,6 +14,7 @@ V2 = {"family": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": Fals
 SPECS = {
     "v3": make(n_routed_experts=64, n_group=8, topk_group=4, num_experts_per_tok=8),
     "v3, odd groups": make(n_routed_experts=36, n_group=3, topk_group=2, num_experts_per_tok=5),
+    "v3, large groups": make(n_routed_experts=80, n_group=2, topk_group=1, num_experts_per_tok=6),
     "kimi-k2: one group": make(family="kimi_k2", n_routed_experts=24, n_group=1, topk_group=1, num_experts_per_tok=6),
     "v2: group-limited": make(**V2, n_routed_experts=40, n_group=8, topk_group=3, topk_method="group_limited_greedy",
                               routed_scaling_factor=16.0, num_experts_per_tok=6),
@@ -44,6 +45,15 @@ def test_chooses_what_the_definition_chooses(name, tokens, hidden):
     assert torch.equal(got.ids, want.ids)
     torch.testing.assert_close(got.weights, want.weights, rtol=1e-6, atol=0)
     assert not room.arrived.any()
+
+
+def test_large_tiles_give_the_same():
+    spec = SPECS["v3"]
+    x, weight, bias = inputs(spec, 21, 300, torch.bfloat16)
+    room = kernel.scratch(21, spec.n_routed_experts, x.device)
+    want = kernel.choose_experts(x, weight, bias, spec, room, shared=1)
+    got = kernel.choose_experts(x, weight, bias, spec, room, shared=1, config=kernel.Config(16, 32, 8, 8))
+    assert torch.equal(got.ids, want.ids) and torch.equal(got.weights, want.weights)
 
 
 def test_fp32_weights_and_a_second_launch_with_the_same_scratch():
