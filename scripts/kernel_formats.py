@@ -48,7 +48,8 @@ def _int8(device: torch.device, *shape: int) -> Int8Weight:
 def _int4(device: torch.device, *shape: int) -> Int4Weight:
     """Groups of 128, as most checkpoints have."""
     *stack, outputs, inputs = shape
-    words = torch.randint(-(1 << 15), 1 << 15, (*stack, outputs, inputs // 4), dtype=torch.int16, device=device)
+    blocks = *stack, inputs // 128, outputs, 32
+    words = torch.randint(-(1 << 15), 1 << 15, blocks, dtype=torch.int16, device=device)
     zeros = torch.randint(0, 16, (*stack, inputs // 128, outputs), device=device)
     return Int4Weight(words, words_of(random_scales(device, *zeros.shape), zeros), inputs)
 

@@ -154,8 +154,9 @@ def test_int4_on_the_device_is_what_the_checkpoint_means(stored, rows, cols):
     np.testing.assert_allclose(dequantise_weight(got), expected, rtol=2**-16 if "F32" in name else 0)
     padded = dequantise_weight(pad_int4(got, 300, 256))
     assert padded.shape == (300, 256)
-    np.testing.assert_array_equal(padded[: got.codes.shape[0], : got.inputs], dequantise_weight(got))
-    assert not padded[got.codes.shape[0] :].any()
+    rows = got.codes.shape[1]
+    np.testing.assert_array_equal(padded[:rows, : got.inputs], dequantise_weight(got))
+    assert not padded[rows:].any()
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,15 @@ def test_slices_that_no_layout_holds_are_refused(name, cols, what, tmp_path):
     directory = write(tmp_path, tensors, FORMATS[name].config)
     with Checkpoint.open(directory) as opened, pytest.raises(InputError, match=what):
         int4_weight(WIDE, CheckpointWeights(opened, SPEC).int4(WIDE, None, cols), CPU)
+
+
+def test_int4_rows_are_moved_and_joined():
+    first, second = (quantise_groups(torch.randn(rows, 200)) for rows in (6, 128))
+    turned = Int4Format().reordered(first, lambda rows_NX: rows_NX.view(2, 3, -1).flip(1).flatten(0, 1))
+    wanted = dequantise_weight(first).view(2, 3, -1).flip(1).flatten(0, 1)
+    assert torch.equal(dequantise_weight(turned), wanted)
+    joined = Int4Format().joined([turned, second])
+    assert torch.equal(dequantise_weight(joined), torch.cat([wanted, dequantise_weight(second)]))
 
 
 def test_gate_and_up_of_other_orders_are_not_joined():

@@ -113,7 +113,7 @@ def weights(chip: chips.Chip, *shape: int, rare: bool = True) -> Iterator[Weight
     blocks = empty(*stack, -(-outputs // 128), -(-inputs // 128), dtype=torch.float32)
     yield Fp8Weight(empty(*shape, dtype=chip.fp8), blocks)
     yield Int8Weight(empty(*shape, dtype=torch.int8), empty(*shape[:-1], dtype=torch.float32))
-    codes = empty(*stack, outputs, inputs // 4, dtype=torch.int16)
+    codes = empty(*stack, inputs // 128, outputs, 32, dtype=torch.int16)
     yield Int4Weight(codes, empty(*stack, inputs // 128, outputs, dtype=torch.int32), inputs)
     if not rare:
         return

@@ -17,13 +17,12 @@ def weights(kind: str, outputs: int, inputs: int, count: int | None = None, used
     stack = () if count is None else (count,)
     kept = None if used is None else torch.tensor([expert in used for expert in range(count or 0)])
 
-    def inside(valid: torch.Tensor, poison: float, extra: tuple[int, int]) -> torch.Tensor:
+    def inside(valid: torch.Tensor, poison: float, extra: tuple[int, ...]) -> torch.Tensor:
         """A view of ``valid`` in a larger tensor."""
-        wide = valid.new_full(
-            (*stack, *(size + more for size, more in zip(valid.shape[-2:], extra, strict=True))), poison
-        )
-        part = wide[..., : valid.shape[-2], : valid.shape[-1]]
-        part.copy_(valid if kept is None else torch.where(kept[:, None, None], valid, wide.flatten()[-1]))
+        sizes = valid.shape[len(stack) :]
+        wide = valid.new_full((*stack, *(size + more for size, more in zip(sizes, extra, strict=True))), poison)
+        part = wide[(..., *(slice(size) for size in sizes))]
+        part.copy_(valid if kept is None else torch.where(kept.view(-1, *[1] * len(sizes)), valid, poison))
         return part
 
     def floats(*shape: int) -> torch.Tensor:
@@ -44,7 +43,7 @@ def weights(kind: str, outputs: int, inputs: int, count: int | None = None, used
         return Int8Weight(codes, inside(floats(outputs, 1), nan, (3, 0))[..., 0])
     group = 32 if "order" in kind else 128
     groups = columns * 128 // group
-    codes = inside(integers(-(2**15), 2**15, torch.int16, outputs, 32 * columns), -1, (3, 16))
+    codes = inside(integers(-(2**15), 2**15, torch.int16, columns, outputs, 32), -1, (1, 3, 0))
     zeros = integers(0, 16, torch.int32, groups, outputs) if "zero points" in kind else torch.tensor(8)
     scales = inside(words_of(floats(groups, outputs), zeros), 0x7FC000FF, (2, 5))
     if kind == "int4":

@@ -147,7 +147,10 @@ class Int4Format:
         return source.int4(name, window)
 
     def reordered(self, matrix: Int4Weight, reorder: Reorder) -> Int4Weight:
-        return matrix._replace(codes=reorder(matrix.codes), scales=reorder(matrix.scales.t()).t().contiguous())
+        blocks, rows, words = matrix.codes.shape
+        codes_NX = reorder(matrix.codes.transpose(0, 1).flatten(1))
+        codes_CNX = codes_NX.view(rows, blocks, words).transpose(0, 1).contiguous()
+        return matrix._replace(codes=codes_CNX, scales=reorder(matrix.scales.t()).t().contiguous())
 
     def padded(self, matrix: Int4Weight, rows: int, columns: int) -> Int4Weight:
         return pad_int4(matrix, rows, columns)
@@ -158,8 +161,8 @@ class Int4Format:
         return first.order is None or second.order is None or torch.equal(first.order, second.order)
 
     def joined(self, matrices: list[Int4Weight]) -> Int4Weight:
-        words = torch.cat([matrix.scales for matrix in matrices], dim=1)
-        return matrices[0]._replace(codes=below([matrix.codes for matrix in matrices]), scales=words)
+        codes = torch.cat([matrix.codes for matrix in matrices], dim=1)
+        return matrices[0]._replace(codes=codes, scales=torch.cat([matrix.scales for matrix in matrices], dim=1))
 
     def linear(self, matrix: Int4Weight) -> Linear:
         return Int4Linear(matrix)

@@ -42,7 +42,7 @@ def int4_weight(name: str, stored: StoredInt4, device: torch.device) -> Int4Weig
     weight = _packed(codes_NK, words_of(codes.scales_GN[place_G], codes.zeros_GN[place_G]), group)
     if order_K is None:
         return weight
-    channels = 4 * weight.codes.shape[1]
+    channels = GROUP * len(weight.codes)
     return weight._replace(order=torch.cat([order_K, torch.arange(columns, channels)]).int().to(device))
 
 
@@ -120,9 +120,9 @@ def quantise_groups(weight_NK: Tensor, group: int = GROUPS[0]) -> Int4Weight:
 
 def pad_int4(matrix: Int4Weight, rows: int, columns: int) -> Int4Weight:
     """Padded words are zero, and so is what codes are worth there."""
-    channels = -(-columns // GROUP) * GROUP
-    more_rows = rows - len(matrix.codes)
-    codes = F.pad(matrix.codes, (0, channels // 4 - matrix.codes.shape[1], 0, more_rows))
+    blocks = -(-columns // GROUP)
+    channels, more_rows = GROUP * blocks, rows - matrix.codes.shape[1]
+    codes = F.pad(matrix.codes, (0, 0, 0, more_rows, 0, blocks - len(matrix.codes)))
     words = F.pad(matrix.scales, (0, more_rows, 0, channels // matrix.group - len(matrix.scales)))
     order = matrix.order
     if order is not None:

@@ -21,8 +21,8 @@ _BLOCK_N = 64
 
 @triton.jit
 def _decoded(
-    w_ptr, w_stride, scales_ptr, scales_stride, order_ptr, out_ptr, N, K, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
-    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
+    w_ptr, block_stride, scales_ptr, scales_stride, order_ptr, out_ptr, N, K, GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, blocks of K."""
     pdl.wait(PDL)
@@ -30,7 +30,7 @@ def _decoded(
     j_J = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_J = tl.minimum(j_J, N - 1).to(tl.int64)
     block = tl.program_id(1)
-    words_JX = tl.load(w_ptr + (row_J * w_stride)[:, None] + (block * 32 + tl.arange(0, 32))[None, :])
+    words_JX = tl.load(w_ptr + block.to(tl.int64) * block_stride + (row_J * 32)[:, None] + tl.arange(0, 32)[None, :])
     groups = int4.load_groups(scales_ptr + block * GROUPS * scales_stride + row_J, scales_stride, GROUPS)
     fields = int4.decode(words_JX, groups, INSTRUCTION)
     for group in tl.static_range(GROUPS):
@@ -44,9 +44,10 @@ def _decoded(
 def decoded(weight: Int4Weight) -> torch.Tensor:
     """BF16 [N, K], rounded to nearest even."""
     codes, scales = weight.codes, weight.scales
-    rows, name = len(codes), "decoded"
-    check(codes.dtype == torch.int16 and codes.dim() == 2, f"codes {codes.dtype} {tuple(codes.shape)}", name)
-    check(codes.stride(1) == scales.stride(1) == 1, "rows must be contiguous", name)
+    name = "decoded"
+    check(codes.dtype == torch.int16 and codes.dim() == 3, f"codes {codes.dtype} {tuple(codes.shape)}", name)
+    check(codes.stride()[1:] == (32, 1) and scales.stride(1) == 1, "blocks must be contiguous", name)
+    rows = codes.shape[1]
     chip = chip_of(codes.device)
     out_NK = torch.empty(rows, weight.inputs, dtype=torch.bfloat16, device=codes.device)
     _decoded[(cdiv(rows, _BLOCK_N), cdiv(weight.inputs, GROUP))](

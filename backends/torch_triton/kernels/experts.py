@@ -140,7 +140,7 @@ def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip) -> Config:
     if tokens == 1 and chip.shared_memory < 200 << 10:
         return Config(16, 32, 4, 64, 4)
     if tokens == 1:
-        width, hidden = stack.gate_up.codes.shape[1] // 2, stack.down.codes.shape[1]
+        width, hidden = stack.gate_up.codes.shape[-2] // 2, stack.down.codes.shape[-2]
         even_up = even_share(width, 3 * chip.processors // choices, 64)
         even_down = even_share(hidden, 4 * chip.processors // choices, 128)
         return Config(16, even_up or 32, 4, even_down or 64, 3 if even_down else 4)
@@ -159,9 +159,9 @@ def gate_up(
     values_TD = x.codes if isinstance(x, Codes) else x
     tokens = len(values_TD)
     check(ids_TP.shape[0] == tokens, f"choices {tuple(ids_TP.shape)} of {tokens} tokens", "gate_up")
-    check(stack.gate_up.codes.shape[1] % (2 * GROUP) == 0, "an expert's width must be whole blocks", "gate_up")
+    check(stack.gate_up.codes.shape[-2] % (2 * GROUP) == 0, "an expert's width must be whole blocks", "gate_up")
     config = config or choose(ids_TP, stack, chip_of(values_TD.device))
-    width = stack.gate_up.codes.shape[1] // 2
+    width = stack.gate_up.codes.shape[-2] // 2
     out = torch.empty(ids_TP.numel(), width, dtype=torch.bfloat16, device=values_TD.device)
     rows, stages = config.gate_up_rows, config.gate_up_stages
     _launch("gate_up", x, None, pairs, stack.gate_up, out, ids_TP.shape[1], rows, stages, config)
@@ -188,7 +188,7 @@ def down(
     check(fits and weights_TP.dtype == torch.float32, f"weights {tuple(weights_TP.shape)}", "down")
     config = config or choose(ids_TP, stack, chip_of(values.device))
     room = torch.zeros if foreign else torch.empty
-    out = room(tokens, choices, stack.down.codes.shape[1], dtype=torch.float32, device=values.device)
+    out = room(tokens, choices, stack.down.codes.shape[-2], dtype=torch.float32, device=values.device)
     rows, stages = config.down_rows, config.down_stages
     _launch("down", h, weights_TP, pairs, stack.down, out, choices, rows, stages, config)
     return out
@@ -251,7 +251,7 @@ def group(ids_TP: torch.Tensor, experts: int, config: Config) -> Tiles:
 def gate_up_eager(x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack) -> torch.Tensor:
     """The twin of `gate_up`, FP32; zero for pairs whose expert is not in the stack."""
     x_TD = dequantise(x) if isinstance(x, Codes) else x.float()
-    out = x_TD.new_zeros(*ids_TP.shape, stack.gate_up.codes.shape[1] // 2)
+    out = x_TD.new_zeros(*ids_TP.shape, stack.gate_up.codes.shape[-2] // 2)
     for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.gate_up.codes))).nonzero().tolist():
         gate, up = (dequantise_weight(matrix_of(stack.gate_up, int(ids_TP[t, p]))) @ x_TD[t]).chunk(2)
         out[t, p] = torch.nn.functional.silu(gate) * up
@@ -261,7 +261,7 @@ def gate_up_eager(x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack) -
 def down_eager(h: Codes | torch.Tensor, ids_TP: torch.Tensor, weights_TP: torch.Tensor, stack: Stack) -> torch.Tensor:
     """The twin of `down`, FP32 [T, P, D]."""
     h_TPI = (dequantise(h) if isinstance(h, Codes) else h.float()).view(*ids_TP.shape, -1)
-    out = h_TPI.new_zeros(*ids_TP.shape, stack.down.codes.shape[1])
+    out = h_TPI.new_zeros(*ids_TP.shape, stack.down.codes.shape[-2])
     for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.down.codes))).nonzero().tolist():
         weight = dequantise_weight(matrix_of(stack.down, int(ids_TP[t, p])))
         out[t, p] = weights_TP[t, p] * (weight @ h_TPI[t, p])

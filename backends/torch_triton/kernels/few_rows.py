@@ -128,7 +128,7 @@ def few_rows(
     chip = chip_of(values_MK.device)
     rows, inputs = values_MK.shape
     check_weight(weight, values_MK, chip, name)
-    outputs = weight.codes.shape[0] // 2 if gated else weight.codes.shape[0]
+    outputs = weight.codes.shape[-2] // 2 if gated else weight.codes.shape[-2]
     check(not gated or outputs % GROUP == 0, "gate and up rows must be whole blocks", name)
     config = config or choose(rows, outputs, inputs, gated, chip, isinstance(weight, Int4Weight))
     check(not gated or config.splits == 1, "a gated product cannot be split", name)

@@ -57,13 +57,14 @@ def _grouped(
     row_M = tl.minimum(start, R - BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
     x_ptr_M = x_ptr + row_M * x_stride
     w_row_J = tl.minimum(n_J, N - 1).to(tl.int64)
-    w_ptr_J = w_ptr + expert * w_stride_e + w_row_J * w_stride
+    w_ptr += expert * w_stride_e
+    w_ptr_J = w_ptr + w_row_J * w_stride
     scales_ptr += expert * scales_stride_e
     if KIND == "int4":
         if order_ptr is not None:
             order_ptr += expert * (tl.cdiv(K, 128) * 128)
         acc_MJ = _int4_product(
-            x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, GROUPS, EVEN_K, INSTRUCTION,
+            x_ptr_M, w_ptr, w_row_J, w_stride, scales_ptr, scales_stride, order_ptr, K, GROUPS, EVEN_K, INSTRUCTION,
             STAGES,
         )  # fmt: skip
     elif KIND == "int8":
@@ -112,14 +113,14 @@ def _block(x_ptr_M, w_ptr_J, block, K, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _int4_product(
-    x_ptr_M, w_ptr_J, w_row_J, scales_ptr, scales_stride, order_ptr, K, GROUPS: tl.constexpr,
+    x_ptr_M, w_ptr, w_row_J, block_stride, scales_ptr, scales_stride, order_ptr, K, GROUPS: tl.constexpr,
     EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[M, J]. Weights are the left operand: what is computed in registers goes from there to Hopper's matrix units."""
-    w_ptrs_JX = w_ptr_J[:, None] + tl.arange(0, 32)[None, :]
-    acc_JM = tl.zeros((w_ptr_J.shape[0], x_ptr_M.shape[0]), tl.float32)
+    w_ptrs_JX = w_ptr + (w_row_J * 32)[:, None] + tl.arange(0, 32)[None, :]
+    acc_JM = tl.zeros((w_row_J.shape[0], x_ptr_M.shape[0]), tl.float32)
     for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
-        words_JX = tl.load(w_ptrs_JX + block * 32)
+        words_JX = tl.load(w_ptrs_JX + block * block_stride)
         groups = int4.load_groups(scales_ptr + block * GROUPS * scales_stride + w_row_J, scales_stride, GROUPS)
         fields = int4.decode(words_JX, groups, INSTRUCTION)
         for group in tl.static_range(GROUPS):
@@ -227,7 +228,7 @@ def grouped_eager(
 ) -> torch.Tensor:
     """The twin of `grouped`, FP32, by the choices instead of tiles; zero for pairs whose expert is not there."""
     values_RK = dequantise(x) if isinstance(x, Codes) else x.float()
-    out_RN = values_RK.new_zeros(len(values_RK), weight.codes.shape[1])
+    out_RN = values_RK.new_zeros(len(values_RK), weight.codes.shape[-2])
     expert_R = ids_TP.flatten()[pairs.pair_R.long()]
     for expert in expert_R.unique().tolist():
         if 0 <= expert < len(weight.codes):

@@ -22,7 +22,8 @@ def rows_product(
 ):  # fmt: skip
     """W x^T in FP32, [J, M], over the blocks given.
 
-    ``valid_J``: rows that are read, or None for all. ``scale_row_J``: each row's row of blocks.
+    ``valid_J``: rows that are read, or None for all. ``scale_row_J``: each row's row of blocks. The strides of w and of
+    its scales are those of rows, and of INT4's blocks and groups.
     """
     if KIND == "int4":
         acc_JM = _int4_product(
@@ -98,16 +99,16 @@ def used_places(ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def _int4_product(
-    x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, valid_J, w_stride, scales_ptr, scales_stride, order_ptr,
+    x_ptr, x_row_M, x_valid_M, x_stride, w_ptr, row_J, valid_J, block_stride, scales_ptr, scales_stride, order_ptr,
     first_block, last_block, K, GROUPS: tl.constexpr, EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Activations past K are zero, so that codes past it may be anything."""
     x_ptr_M = x_ptr + x_row_M * x_stride
-    w_ptrs_JX = w_ptr + (row_J * w_stride)[:, None] + tl.arange(0, 32)[None, :]
+    w_ptrs_JX = w_ptr + (row_J * 32)[:, None] + tl.arange(0, 32)[None, :]
     acc_JM = tl.zeros((row_J.shape[0], x_row_M.shape[0]), tl.float32)
     for block in tl.range(first_block, last_block, num_stages=STAGES):
-        words_JX = _load_rows(w_ptrs_JX + block * 32, valid_J)
+        words_JX = _load_rows(w_ptrs_JX + block * block_stride, valid_J)
         groups = int4.load_groups(scales_ptr + block * GROUPS * scales_stride + row_J, scales_stride, GROUPS)
         fields = int4.decode(words_JX, groups, INSTRUCTION)
         for group in tl.static_range(GROUPS):

@@ -9,8 +9,9 @@ A matrix [N, K] may be one of a stack: every tensor then has a leading axis E. A
   field of a tile of words is then a tile of neighbouring channels, and two words side by side are decoded at once, in
   the registers from which matrix units take them. A group's scale and zero point are one word of 32 bits, which can be
   copied to shared memory in the background: the upper 24 bits of the FP32 scale (exact for scales that are stored in
-  F16 or BF16) above 128 + zero point. These lie group by group: a tile of rows reads them in one piece. ``order`` says
-  where the input of each channel is: GPTQ with act-order sorts channels into groups.
+  F16 or BF16) above 128 + zero point. All rows of a block lie together, and so do all of a group: a tile of rows reads
+  one piece of memory instead of 64 bytes of each row. ``order`` says where the input of each channel is: GPTQ with
+  act-order sorts channels into groups.
 
 Shape letters: N rows (out), K columns (in), R x C blocks, G groups.
 """
@@ -43,21 +44,22 @@ class Int8Weight(NamedTuple):
 
 
 class Int4Weight(NamedTuple):
-    codes: Tensor  # [N, 32 C] int16, C blocks
+    codes: Tensor  # [C, N, 32] int16, C blocks
     scales: Tensor  # [G, N] int32 words of scale and zero point, for whole blocks
     inputs: int  # K
     order: Tensor | None = None  # [128 C] int32
 
     @property
     def group(self) -> int:
-        return 4 * self.codes.shape[-1] // self.scales.shape[-2]
+        return GROUP * self.codes.shape[-3] // self.scales.shape[-2]
 
 
 Weight = Fp8Weight | Int8Weight | Int4Weight
 
 
 class Arguments(NamedTuple):
-    """Of a kernel: codes, the strides of a matrix and of a row; the same of scales; order."""
+    """Of a kernel: codes, the strides of a matrix and of a row; the same of scales; order. INT4 has strides of blocks
+    and groups instead of rows."""
 
     pointers: tuple[Tensor | int | None, ...]
     constants: dict[str, Any]
@@ -71,23 +73,24 @@ def inputs_of(weight: Weight) -> int:
 def arguments(weight: Weight, chip: Chip) -> Arguments:
     """How kernels take ``weight``: a matrix, or a stack."""
     codes, scales = weight.codes, weight.scales
+    order, groups, axes = None, 1, codes.dim()
     if isinstance(weight, Fp8Weight):
         kind = "fp8"
         codes = codes if chip.fp8_units else codes.view(torch.uint8)
     elif isinstance(weight, Int8Weight):
         kind = "int8 blocks" if weight.has_blocks else "int8"
     else:
-        kind = "int4"
-    of_matrix = (codes.stride(0), scales.stride(0)) if codes.dim() == 3 else (0, 0)
-    row = scales.stride(-2) if scales.dim() > codes.dim() - 1 else 0
-    order = weight.order if isinstance(weight, Int4Weight) else None
+        kind, order, groups, axes = "int4", weight.order, GROUP // weight.group, axes - 1
+    of_matrix = (codes.stride(0), scales.stride(0)) if axes == 3 else (0, 0)
+    row = codes.stride(-3 if kind == "int4" else -2)
+    row_of_scales = scales.stride(-2) if scales.dim() == axes else 0
     constants = {
         "KIND": kind,
-        "GROUPS": GROUP // weight.group if isinstance(weight, Int4Weight) else 1,
+        "GROUPS": groups,
         "EVEN_K": inputs_of(weight) % GROUP == 0,
         "INSTRUCTION": chip.name.startswith("sm_"),
     }
-    return Arguments((codes, of_matrix[0], codes.stride(-2), scales, of_matrix[1], row, order), constants)
+    return Arguments((codes, of_matrix[0], row, scales, of_matrix[1], row_of_scales, order), constants)
 
 
 def check_weight(weight: Weight, x: Tensor, chip: Chip, kernel: str) -> None:
@@ -104,11 +107,13 @@ def check_weight(weight: Weight, x: Tensor, chip: Chip, kernel: str) -> None:
         wanted, takes = grid if weight.has_blocks else shape[:-1], (torch.int8,)
         check(codes.dtype == torch.int8, f"weights in {codes.dtype}", kernel)
     else:
-        wanted, takes = (*shape[:-2], 4 * shape[-1] // weight.group, shape[-2]), (torch.bfloat16,)
+        channels = GROUP * shape[-3]
+        wanted, takes = (*shape[:-3], channels // weight.group, shape[-2]), (torch.bfloat16,)
         check(codes.dtype == torch.int16 and weight.group in (32, 64, 128), f"groups of {weight.group}", kernel)
-        check(shape[-1] == cdiv(weight.inputs, GROUP) * GROUP // 4, f"codes {shape}", kernel)
+        fits = shape[-3] == cdiv(weight.inputs, GROUP) and shape[-1] == codes.stride(-2) == GROUP // 4
+        check(fits and codes.stride(-3) * shape[-3] < 1 << 31, f"codes {shape}", kernel)
         order = weight.order
-        fits = order is None or (order.is_contiguous() and order.shape == (*shape[:-2], 4 * shape[-1]))
+        fits = order is None or (order.is_contiguous() and order.shape == (*shape[:-3], channels))
         check(fits and (order is None or order.dtype == torch.int32), "order of another size", kernel)
     check(x.dtype in takes, f"{chip.name} takes no {x.dtype} activations for weights in {codes.dtype}", kernel)
     dtype = torch.int32 if isinstance(weight, Int4Weight) else torch.float32
@@ -146,15 +151,15 @@ def _dequantise_int4(weight: Int4Weight) -> Tensor:
 
 
 def int4_words(codes_NK: Tensor) -> Tensor:
-    """int16 words of codes 0 … 15 of whole blocks."""
+    """int16 words [C, N, 32] of codes 0 … 15 of whole blocks."""
     fields_NCFX = codes_NK.to(torch.int16).unflatten(1, (-1, 4, GROUP // 4))
     first, second, third, fourth = fields_NCFX.unbind(2)
-    return (first | second << 4 | third << 8 | fourth << 12).flatten(1)
+    return (first | second << 4 | third << 8 | fourth << 12).transpose(0, 1).contiguous()
 
 
-def int4_codes(words: Tensor) -> Tensor:
+def int4_codes(words_CNX: Tensor) -> Tensor:
     """The inverse of `int4_words`."""
-    words_NCX = words.unflatten(1, (-1, GROUP // 4))
+    words_NCX = words_CNX.transpose(0, 1)
     return torch.stack([words_NCX >> 4 * field & 15 for field in range(4)], 2).flatten(1)
 
 
