@@ -30,7 +30,7 @@ class Router:
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of each token in ascending order, int64 [T, K], and their weights, float32 [T, K]."""
         logits_TE = self.gate(x_TD.float())
-        scores_TE = logits_TE.sigmoid() if self._spec.scoring_func == "sigmoid" else logits_TE.softmax(dim=1)
+        scores_TE = _sigmoid(logits_TE) if self._spec.scoring_func == "sigmoid" else logits_TE.softmax(dim=1)
         choice_TE = scores_TE if self.bias_E is None else scores_TE + self.bias_E
         if self._spec.n_group > 1 and self._spec.topk_method != "greedy":
             choice_TE = self._limit_groups(choice_TE)
@@ -55,6 +55,15 @@ class Router:
             if not spec.scales_normalised_weights:
                 return chosen_TK
         return chosen_TK * spec.routed_scaling_factor
+
+
+_WHOLE = 32  # numbers that PyTorch's vector loops take at a time, at most
+
+
+def _sigmoid(logits_TE: Tensor) -> Tensor:
+    """In rows of whole vectors: PyTorch rounds the rest of an array otherwise, and a batch says what is its rest."""
+    experts = logits_TE.shape[1]
+    return F.pad(logits_TE, (0, -experts % _WHOLE)).sigmoid()[:, :experts]
 
 
 class MoE:

@@ -102,10 +102,15 @@ def relative_norm(got, wanted):
     return float(np.linalg.norm(got.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))
 
 
+def token_differences(got, wanted):
+    """Each token's relative norm."""
+    assert got.shape == wanted.shape
+    return np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+
+
 def median_token_difference(got, wanted):
     """The median token's relative norm: where rounding tips a router's choice, one token may differ by any amount."""
-    assert got.shape == wanted.shape
-    return float(np.median(np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1)))
+    return float(np.median(token_differences(got, wanted)))
 
 
 def sensible_values(spec, seed=0):

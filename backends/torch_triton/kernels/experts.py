@@ -22,7 +22,7 @@ from . import pdl, tiles
 from .chips import Chip, check, chip_of, options
 from .quant import GROUP, Codes, dequantise
 from .sizes import cdiv, even_share, power_of_2
-from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, inputs_of, matrix_of
+from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
 
 
 class Stack(NamedTuple):
@@ -78,8 +78,8 @@ def _group(
 @triton.jit(do_not_specialize=["x_scales_stride"])
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
-    expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
-    order_ptr, out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride_b, w_stride, scales_ptr, scales_stride_e,
+    scales_stride, order_ptr, out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr,
     EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,7 @@ def _rows(
         order_ptr += expert * (tl.cdiv(K, 128) * 128)
     out_JM = tiles.rows_product(
         x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
-        w_ptr + expert * w_stride_e, row_J, valid_J, w_stride, scales_ptr + expert * scales_stride_e, scale_row_J,
+        w_ptr + expert * w_stride_e, row_J, valid_J, w_stride_b, w_stride, scales_ptr + expert * scales_stride_e, scale_row_J,
         scales_stride, order_ptr, 0, tl.cdiv(K, 128), K, KIND, GROUPS, QUANTISED, EVEN_K, INSTRUCTION,
         STAGES,
     )  # fmt: skip
@@ -204,10 +204,10 @@ def _launch(
     check(pairs.pair_UM.shape[1] == config.block_m, f"tiles of {pairs.pair_UM.shape[1]} pairs", name)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     outputs = out.shape[-1]
-    pointers, constants = arguments(weight, chip)
+    pointers, constants = arguments(weight, values.shape[1], chip)
     _rows[(cdiv(outputs, rows), len(pairs.expert_U))](
         values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, len(weight.codes),
-        outputs, inputs_of(weight), choices, BLOCK_M=config.block_m, ROWS=rows, BLOCK_N=power_of_2(rows),
+        outputs, values.shape[1], choices, BLOCK_M=config.block_m, ROWS=rows, BLOCK_N=power_of_2(rows),
         STAGES=stages, GATED=weights_TP is None, QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants,
         **options(chip, config.warps),
     )  # fmt: skip
@@ -253,7 +253,7 @@ def gate_up_eager(x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack) -
     x_TD = dequantise(x) if isinstance(x, Codes) else x.float()
     out = x_TD.new_zeros(*ids_TP.shape, stack.gate_up.codes.shape[-2] // 2)
     for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.gate_up.codes))).nonzero().tolist():
-        gate, up = (dequantise_weight(matrix_of(stack.gate_up, int(ids_TP[t, p]))) @ x_TD[t]).chunk(2)
+        gate, up = (_matrix(stack.gate_up, ids_TP[t, p], x_TD) @ x_TD[t]).chunk(2)
         out[t, p] = torch.nn.functional.silu(gate) * up
     return out.flatten(0, 1)
 
@@ -263,6 +263,10 @@ def down_eager(h: Codes | torch.Tensor, ids_TP: torch.Tensor, weights_TP: torch.
     h_TPI = (dequantise(h) if isinstance(h, Codes) else h.float()).view(*ids_TP.shape, -1)
     out = h_TPI.new_zeros(*ids_TP.shape, stack.down.codes.shape[-2])
     for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.down.codes))).nonzero().tolist():
-        weight = dequantise_weight(matrix_of(stack.down, int(ids_TP[t, p])))
-        out[t, p] = weights_TP[t, p] * (weight @ h_TPI[t, p])
+        out[t, p] = weights_TP[t, p] * (_matrix(stack.down, ids_TP[t, p], h_TPI) @ h_TPI[t, p])
     return out
+
+
+def _matrix(stack: Weight, expert: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The columns for the channels of ``x``."""
+    return dequantise_weight(matrix_of(stack, int(expert)))[:, : x.shape[-1]]
