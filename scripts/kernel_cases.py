@@ -142,10 +142,7 @@ def _experts(setting: Setting, kind: Kind, stack: experts.Stack, tokens: int) ->
     weights = torch.rand(tokens, 9, device=setting.device)
     x = kind.operand(random_rows(setting.device, tokens, hidden))
     chosen = experts.choose(choices[0], stack, quant.chip_of(setting.device))
-    tiles = [
-        experts.group(ids, setting.experts, chosen) if tokens > 1 else experts.one_pair_tiles(ids, chosen)
-        for ids in choices
-    ]
+    tiles = [experts.group(ids, setting.experts, chosen) for ids in choices]
     h = kind.operand(experts.gate_up(x, choices[0], stack, tiles[0], chosen))
     hit = sum(len(ids.unique()) for ids in choices) / len(choices)  # the copies differ; bytes are their mean
     pairs = 9 * tokens

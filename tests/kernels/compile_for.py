@@ -165,7 +165,7 @@ def launch_experts(chip: chips.Chip) -> None:
         ids, factors = empty(tokens, 9, dtype=torch.int32), empty(tokens, 9, dtype=torch.float32)
         for stack in itertools.starmap(experts.Stack, stacks):
             config = experts.choose(ids, stack, chip)
-            pairs = experts.group(ids, 257, config) if tokens > 1 else experts.one_pair_tiles(ids, config)
+            pairs = experts.group(ids, 257, config)
             for x in activations(chip, stack.gate_up, tokens, 7168):
                 experts.gate_up(x, ids, stack, pairs)
             for h in activations(chip, stack.down, 9 * tokens, 2048):
@@ -220,6 +220,15 @@ def launch_values(chip: chips.Chip) -> None:
         for matrix in (empty(heads * 256, 512), next(weights(chip, heads * 256, 512))):
             for quantise in (False, True)[: 1 + chip.fp8_units]:
                 values.values(attended, KvB(matrix, heads), 128, quantise)
+    at = empty(2, dtype=torch.int32), empty(2, dtype=torch.int32)
+    tables = rope_cache.Tables(empty(4096, 8, dtype=torch.float32), empty(4096, 8, dtype=torch.float32))
+    for latent in (64, 384):  # heads across scale blocks; latents that are no power of two
+        attended, cache = mla_decode.Attended(empty(2, 8, latent), None), empty(1000, 64, latent + 16)
+        for matrix in (empty(8 * 88, latent), next(weights(chip, 8 * 88, latent))):
+            values.values(attended, KvB(matrix, 8), 56)
+            absorb.absorb(
+                empty(2, 8, 48), KvB(matrix, 8), empty(2, latent + 16), empty(latent), 1e-6, *at, tables, cache
+            )
 
 
 def launch_prompts(chip: chips.Chip) -> None:
@@ -265,7 +274,7 @@ def main(name: str) -> None:
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip
-    for module in (few_rows, best):
+    for module in (few_rows, best, experts):
         module.counters = lambda device: empty(1 << 14, dtype=torch.int32)
     router.product_f32 = lambda x, weight: empty(len(x), len(weight), dtype=torch.float32)
     JITFunction.run = lambda kernel, *args, **kwargs: launches.record(kernel, *args, **kwargs)

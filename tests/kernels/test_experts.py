@@ -36,7 +36,7 @@ def choices(tokens: int, per_token: int, seed: int = 0) -> torch.Tensor:
 
 def tiles_of(ids: torch.Tensor, layer: kernel.Stack, config: kernel.Config | None = None) -> kernel.Tiles:
     config = config or kernel.choose(ids, layer, chip_of(ids.device))
-    return kernel.group(ids, EXPERTS, config) if len(ids) > 1 else kernel.one_pair_tiles(ids, config)
+    return kernel.group(ids, EXPERTS, config)
 
 
 @pytest.mark.parametrize(

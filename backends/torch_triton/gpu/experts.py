@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kernels import experts as kernels
 from ..kernels import grouped
 from ..kernels.chips import chip_of
-from ..kernels.experts import Stack, Tiles
+from ..kernels.experts import Stack
 from ..kernels.pairs import gather, sort_pairs
 from ..kernels.router import Choice
 from ..layers import gated
@@ -34,7 +34,7 @@ class Experts(Protocol):
     shared: int
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
-        """Each choice's result times its weight, FP32 or, of many tokens, BF16 [T, P, D]; to be added."""
+        """Each choice's result times its weight, FP32 or, of many tokens, BF16 [T, P, D]; to be added. P may be 1."""
 
 
 class KernelExperts:
@@ -52,14 +52,9 @@ class KernelExperts:
         if len(choice.ids) > FEW_TOKENS:
             return self._many(x, choice)
         config = kernels.choose(choice.ids, self._stack, self._chip)
-        tiles = self._tiles(choice.ids, config)
+        tiles = kernels.group(choice.ids, len(self._stack.down.codes), config)
         h = self.form.of(kernels.gate_up(x, choice.ids, self._stack, tiles, config))
         return kernels.down(h, choice.ids, choice.weights, self._stack, tiles, self._foreign, config)
-
-    def _tiles(self, ids_TP: Tensor, config: kernels.Config) -> Tiles:
-        if len(ids_TP) == 1:
-            return kernels.one_pair_tiles(ids_TP, config)
-        return kernels.group(ids_TP, len(self._stack.down.codes), config)
 
     def _many(self, x: Operand, choice: Choice) -> Tensor:
         tokens, choices = choice.ids.shape

@@ -37,7 +37,7 @@ class Stream(NamedTuple):
 
     def sum(self) -> Tensor:
         """BF16 [T, D], as the next norm takes it."""
-        branch_TD = self.branch.sum(1, dtype=torch.float32) if self.branch.dim() == 3 else self.branch
+        branch_TD = _one_part(self.branch)
         return branch_TD.bfloat16() if self.residual_TD is None else (self.residual_TD + branch_TD.float()).bfloat16()
 
     def rows(self, rows_O: Tensor) -> Stream:
@@ -159,7 +159,7 @@ class Block:
         """Parts are added before they travel: [T, D] in BF16 and not [T, P, D]."""
         if self._ranks.size == 1:
             return branch
-        branch_TD = branch.sum(1, dtype=torch.float32) if branch.dim() == 3 else branch
+        branch_TD = _one_part(branch)
         return self._ranks.total(branch_TD.bfloat16().contiguous())
 
 
@@ -195,12 +195,11 @@ class MoE:
         self._replicas = source.mesh.dp
 
     def __call__(self, normed: Normed) -> Tensor:
-        """Parts [T, P, D], to be added; BF16 [T, D] of replicas, whose tokens meet here."""
+        """[T, D], or parts [T, P, D] to be added; BF16 [T, D] of replicas, whose tokens meet here."""
         y = self._chosen(normed)
         if self._beside is None:
             return y
-        y_T1D = y.sum(1, keepdim=True, dtype=torch.float32) if y.dim() == 3 else y[:, None].float()
-        return y_T1D.add_(self._beside(normed)[:, None])
+        return _one_part(y).float().add_(self._beside(normed))
 
     def _chosen(self, normed: Normed) -> Tensor:
         """Of the stack's experts."""
@@ -210,7 +209,7 @@ class MoE:
         counts = [len(x_TD)] * replicas.size
         x_SD = replicas.below(x_TD, counts)
         y_SPD = self._experts(x_SD, self._choose(x_SD))
-        return replicas.own_total(y_SPD.sum(1, dtype=torch.float32).bfloat16(), counts)
+        return replicas.own_total(_one_part(y_SPD).bfloat16(), counts)
 
     def _choose(self, x_SD: Tensor) -> Choice:
         choice = choose_experts(x_SD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)
@@ -254,6 +253,13 @@ class MTP:
         joined = torch.cat([_plain(part) for part in normed], dim=1)
         stream = self._block(Stream(F.linear(joined, self._projection), None), step, cache_CZE)
         return self._head(stream.rows(rows_O))
+
+
+def _one_part(branch: Tensor) -> Tensor:
+    """[T, D] of a branch that may be in parts."""
+    if branch.dim() == 2:
+        return branch
+    return branch[:, 0] if branch.shape[1] == 1 else branch.sum(1, dtype=torch.float32)
 
 
 def _plain(normed: Normed) -> Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import entries, kv_b, pdl
 from .chips import check, chip_of, options
-from .kv_b import KvB, check_kv_b
+from .kv_b import KvB, check_kv_b, columns_of_piece
 from .rope_cache import Tables, angles, rope_cache_eager, rotated, write_entries
 from .sizes import cdiv, power_of_2
 
@@ -100,8 +100,8 @@ def absorb(
     out = torch.empty(tokens, heads, latent + rope, dtype=torch.bfloat16, device=cache.device)
     block_t = 16
     block_c = power_of_2(latent)
-    splits = max(1, min(_SPLITS, block_c // 16))
-    block_j = max(16, block_c // splits)
+    block_j = min(columns_of_piece(latent, chip), max(16, block_c // _SPLITS))
+    splits = cdiv(latent, block_j)
     _absorb[(heads * splits + 1, cdiv(tokens, block_t))](
         q_THY, *q_THY.stride()[:2], *weights.arguments(chip), out, *out.stride()[:2], kv_TX, kv_TX.stride(0), weight_C,
         eps, positions_T, slots_T, *tables, cache, *cache.stride()[:2], tokens, heads, weights.rows, nope, latent, rope,

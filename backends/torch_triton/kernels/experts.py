@@ -11,7 +11,6 @@ Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import pdl, tiles
-from .chips import Chip, check, chip_of, options
+from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
 from .sizes import cdiv, even_share, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
@@ -33,11 +32,11 @@ class Stack(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Which pairs run together: from `group`, or from `one_pair_tiles`."""
+    """Which pairs run together: from `group`, or each by itself, which is right for one token: choices are distinct."""
 
     expert_U: torch.Tensor  # int32; a tile whose expert is not in the stack is not run
-    rows_U: torch.Tensor  # int32, pairs in the tile
-    pair_UM: torch.Tensor  # int32, undefined past the tile's rows
+    rows_U: torch.Tensor | None = None  # int32, pairs in the tile
+    pair_UM: torch.Tensor | None = None  # int32, undefined past the tile's rows
 
 
 @triton.jit(do_not_specialize=["pairs", "tiles_limit", "most"])
@@ -78,12 +77,13 @@ def _group(
 @triton.jit(do_not_specialize=["x_scales_stride"])
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
-    expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride_b, w_stride, scales_ptr, scales_stride_e,
-    scales_stride, order_ptr, out_ptr, E, N, K, P, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr,
-    EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
+    expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
+    order_ptr, out_ptr, sum_ptr, counter_ptr, E, N, K, P: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
+    GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router."""
+    """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router, and of
+    one token added."""
     pdl.wait(PDL)
     pdl.release(PDL)
     tile = tl.program_id(1)
@@ -95,15 +95,19 @@ def _rows(
     row_J, scale_row_J = tiles.rows_of_tile(n, N, ROWS, BLOCK_N, GATED)
     valid_J = None if ROWS == BLOCK_N else tiles.used_places(ROWS, BLOCK_N, GATED)
     slot_M = tl.arange(0, BLOCK_M)
-    valid_M = slot_M < tl.load(rows_ptr + tile)
-    pair_M = tl.load(pair_ptr + tile * BLOCK_M + slot_M, mask=valid_M, other=0)
+    if pair_ptr is None:
+        valid_M = slot_M < 1
+        pair_M = tile + tl.zeros((BLOCK_M,), tl.int32)
+    else:
+        valid_M = slot_M < tl.load(rows_ptr + tile)
+        pair_M = tl.load(pair_ptr + tile * BLOCK_M + slot_M, mask=valid_M, other=0)
     x_row_M = pair_M // P if GATED else pair_M
     if order_ptr is not None:
         order_ptr += expert * (tl.cdiv(K, 128) * 128)
     out_JM = tiles.rows_product(
         x_ptr, x_row_M, valid_M, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride,
-        w_ptr + expert * w_stride_e, row_J, valid_J, w_stride_b, w_stride, scales_ptr + expert * scales_stride_e, scale_row_J,
-        scales_stride, order_ptr, 0, tl.cdiv(K, 128), K, KIND, GROUPS, QUANTISED, EVEN_K, INSTRUCTION,
+        w_ptr + expert * w_stride_e, row_J, valid_J, w_stride, scales_ptr + expert * scales_stride_e,
+        scale_row_J, scales_stride, order_ptr, 0, tl.cdiv(K, 128), K, KIND, GROUPS, QUANTISED, EVEN_K, INSTRUCTION,
         STAGES,
     )  # fmt: skip
     if GATED:
@@ -112,7 +116,20 @@ def _rows(
     else:
         out_NM = out_JM * tl.load(weights_ptr + pair_M, mask=valid_M, other=0.0)[None, :]
     out_ptrs_NM = out_ptr + (pair_M.to(tl.int64) * N)[None, :] + n_N[:, None]
-    tl.store(out_ptrs_NM, out_NM, mask=(n_N < tl.minimum(N, n + ROWS))[:, None] & valid_M[None, :])
+    valid_N = n_N < tl.minimum(N, n + ROWS)
+    tl.store(out_ptrs_NM, out_NM, mask=valid_N[:, None] & valid_M[None, :])
+    if sum_ptr is not None:
+        _add_up(out_ptr, sum_ptr, counter_ptr + tl.program_id(0), n_N, valid_N, N, P)
+
+
+@triton.jit
+def _add_up(out_ptr, sum_ptr, counter_ptr, n_N, valid_N, N, P: tl.constexpr):
+    """The last program of a tile of N to finish adds all pairs in their order."""
+    if tiles.is_last(counter_ptr, P):
+        sum_N = tl.zeros(n_N.shape, tl.float32)
+        for p in tl.static_range(P):
+            sum_N += tl.load(out_ptr + p * N + n_N, mask=valid_N, other=0.0, cache_modifier=".cg")
+        tl.store(sum_ptr + n_N, sum_N, mask=valid_N)
 
 
 class Config(NamedTuple):
@@ -132,15 +149,16 @@ def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip) -> Config:
     INT4 has more programs on a processor, as in `few_rows`.
     """
     tokens, choices = ids_TP.shape
-    int4 = isinstance(stack.gate_up, Int4Weight)
+    width, hidden = stack.gate_up.codes.shape[-2] // 2, stack.down.codes.shape[-2]
     if chip.shared_memory < 160 << 10:
         return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
-    if int4:
+    if isinstance(stack.gate_up, Int4Weight):
+        if tokens == 1:
+            return Config(8, even_share(width, 10 * chip.processors // choices, 16) or 16, 4, 32, 4, 1)
         return Config(8, 32, 4, 64, 4, 2) if tokens <= 8 else Config(16 if tokens <= 128 else 32, 64, 4, 128, 6)
     if tokens == 1 and chip.shared_memory < 200 << 10:
         return Config(16, 32, 4, 64, 4)
     if tokens == 1:
-        width, hidden = stack.gate_up.codes.shape[-2] // 2, stack.down.codes.shape[-2]
         even_up = even_share(width, 3 * chip.processors // choices, 64)
         even_down = even_share(hidden, 4 * chip.processors // choices, 128)
         return Config(16, even_up or 32, 4, even_down or 64, 3 if even_down else 4)
@@ -177,7 +195,8 @@ def down(
     foreign: bool = False,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """The down projection times the router's weights: FP32 partial results [T, P, D] for the next norm to add.
+    """The down projection times the router's weights: FP32 partial results [T, P, D] for the next norm to add; of one
+    token their sum, [1, 1, D].
 
     ``h``: from `gate_up`, quantised or BF16. ``foreign``: choices outside the stack are other ranks' and add nothing.
     """
@@ -189,49 +208,40 @@ def down(
     config = config or choose(ids_TP, stack, chip_of(values.device))
     room = torch.zeros if foreign else torch.empty
     out = room(tokens, choices, stack.down.codes.shape[-2], dtype=torch.float32, device=values.device)
+    total = None if tokens > 1 or foreign else torch.empty_like(out[:, :1])
     rows, stages = config.down_rows, config.down_stages
-    _launch("down", h, weights_TP, pairs, stack.down, out, choices, rows, stages, config)
-    return out
+    _launch("down", h, weights_TP, pairs, stack.down, out, choices, rows, stages, config, total)
+    return out if total is None else total
 
 
 def _launch(
     name: str, x: Codes | torch.Tensor, weights_TP: torch.Tensor | None, pairs: Tiles, weight: Weight,
-    out: torch.Tensor, choices: int, rows: int, stages: int, config: Config,
+    out: torch.Tensor, choices: int, rows: int, stages: int, config: Config, total: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
     check_weight(weight, values, chip, name)
-    check(pairs.pair_UM.shape[1] == config.block_m, f"tiles of {pairs.pair_UM.shape[1]} pairs", name)
+    if pairs.pair_UM is not None:
+        check(pairs.pair_UM.shape[1] == config.block_m, f"tiles of {pairs.pair_UM.shape[1]} pairs", name)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     outputs = out.shape[-1]
-    pointers, constants = arguments(weight, values.shape[1], chip)
+    pointers, constants = arguments(weight, chip)
     _rows[(cdiv(outputs, rows), len(pairs.expert_U))](
-        values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, len(weight.codes),
-        outputs, values.shape[1], choices, BLOCK_M=config.block_m, ROWS=rows, BLOCK_N=power_of_2(rows),
-        STAGES=stages, GATED=weights_TP is None, QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants,
-        **options(chip, config.warps),
+        values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, total,
+        None if total is None else counters(values.device), len(weight.codes), outputs, values.shape[1], P=choices,
+        BLOCK_M=config.block_m, ROWS=rows, BLOCK_N=power_of_2(rows), STAGES=stages, GATED=weights_TP is None,
+        QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
     )  # fmt: skip
 
 
-def one_pair_tiles(ids_TP: torch.Tensor, config: Config) -> Tiles:
-    """Each pair its own tile: right for one token, whose choices are distinct. Launches nothing."""
-    check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "one_pair_tiles")
-    rows_U, pair_UM = _one_pair_rows(ids_TP.numel(), config.block_m, ids_TP.device)
-    return Tiles(ids_TP.view(-1), rows_U, pair_UM)
-
-
-@lru_cache
-def _one_pair_rows(pairs: int, block_m: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    pair_UM = torch.arange(pairs, dtype=torch.int32, device=device)[:, None].repeat(1, block_m)
-    return torch.ones(pairs, dtype=torch.int32, device=device), pair_UM
-
-
 def group(ids_TP: torch.Tensor, experts: int, config: Config) -> Tiles:
-    """Tiles of the pairs of each expert."""
+    """Tiles of the pairs of each expert; of one token without a launch."""
+    check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "group")
+    if len(ids_TP) == 1:
+        return Tiles(ids_TP.view(-1))
     chip = chip_of(ids_TP.device)
     pairs = ids_TP.numel()
     block_m = config.block_m
-    check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "group")
     check(pairs <= 1 << 14, f"{pairs} pairs in one program", "group")
     limit = min(pairs, min(experts, pairs) + pairs // block_m)
     padded = power_of_2(experts)
@@ -253,7 +263,7 @@ def gate_up_eager(x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack) -
     x_TD = dequantise(x) if isinstance(x, Codes) else x.float()
     out = x_TD.new_zeros(*ids_TP.shape, stack.gate_up.codes.shape[-2] // 2)
     for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.gate_up.codes))).nonzero().tolist():
-        gate, up = (_matrix(stack.gate_up, ids_TP[t, p], x_TD) @ x_TD[t]).chunk(2)
+        gate, up = (dequantise_weight(matrix_of(stack.gate_up, int(ids_TP[t, p]))) @ x_TD[t]).chunk(2)
         out[t, p] = torch.nn.functional.silu(gate) * up
     return out.flatten(0, 1)
 
@@ -263,10 +273,6 @@ def down_eager(h: Codes | torch.Tensor, ids_TP: torch.Tensor, weights_TP: torch.
     h_TPI = (dequantise(h) if isinstance(h, Codes) else h.float()).view(*ids_TP.shape, -1)
     out = h_TPI.new_zeros(*ids_TP.shape, stack.down.codes.shape[-2])
     for t, p in (ids_TP.ge(0) & ids_TP.lt(len(stack.down.codes))).nonzero().tolist():
-        out[t, p] = weights_TP[t, p] * (_matrix(stack.down, ids_TP[t, p], h_TPI) @ h_TPI[t, p])
+        weight = dequantise_weight(matrix_of(stack.down, int(ids_TP[t, p])))
+        out[t, p] = weights_TP[t, p] * (weight @ h_TPI[t, p])
     return out
-
-
-def _matrix(stack: Weight, expert: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The columns for the channels of ``x``."""
-    return dequantise_weight(matrix_of(stack, int(expert)))[:, : x.shape[-1]]

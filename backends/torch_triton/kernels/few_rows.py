@@ -109,7 +109,10 @@ def _choose_int4(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip) 
     block_m = 8 if few else min(64, power_of_2(rows))
     warps = 2 if few else 4
     if gated:
-        return Config(block_m, 32 if few else 64, 1, warps, 4)
+        even = even_share(outputs, 5 * chip.processors, 32) if few else None
+        return Config(block_m, even or (32 if few else 64), 1, warps, 8 if even else 4)
+    if few and inputs >= 8192:
+        return Config(block_m, 64 if rows == 1 else even_share(outputs, chip.processors, 64) or 64, 8, warps, 4)
     tile = 128 if 8 < rows <= 32 and outputs >= 4096 else 64
     splits = (4 if few else 2) * chip.processors // cdiv(outputs, tile) if inputs >= 4096 else 1
     return Config(block_m, tile, max(1, min(8, splits)), warps, 4)

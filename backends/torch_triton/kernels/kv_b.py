@@ -18,6 +18,7 @@ import triton.language as tl
 from . import e4m3
 from .chips import Chip, check
 from .quant import GROUP
+from .sizes import power_of_2
 from .weights import Fp8Weight, dequantise_weight
 
 FEW_TOKENS = 8  # up to here our kernels are faster than a library's products
@@ -60,6 +61,13 @@ class KvB(NamedTuple):
             return codes, codes.stride(0), None, 0
         codes = codes if chip.fp8_units else codes.view(torch.uint8)
         return codes, codes.stride(0), self.matrix.scales, self.matrix.scales.stride(0)
+
+
+def columns_of_piece(latent: int, chip: Chip) -> int:
+    """Columns that a program works on at a time: all, where it has memory for them and no power of two is missed."""
+    whole = max(16, power_of_2(latent))
+    fits = whole == latent and whole <= (512 if chip.shared_memory >= 160 << 10 else GROUP)
+    return whole if fits else min(whole, GROUP)
 
 
 def check_kv_b(weights: KvB, heads: int, latent: int, kernel: str) -> None:

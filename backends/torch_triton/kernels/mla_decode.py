@@ -131,8 +131,9 @@ def merged_row(part_ptr, lse_ptr, row, c_C, C, PARTS: tl.constexpr, PADDED: tl.c
         most = tl.max(lse_P, 0)
         weight_P = tl.exp2(lse_P - tl.where(most == float("-inf"), 0.0, most))
         total = tl.sum(weight_P, 0)
-        mask_PC = (lse_P > float("-inf"))[:, None] & (c_C < C)[None, :]
+        mask_PC = (p_P < PARTS)[:, None] & (c_C < C)[None, :]  # not by what lse says: both loads are on their way
         part_PC = tl.load(part_ptr + (row * PARTS + p_P)[:, None] * C + c_C[None, :], mask=mask_PC, other=0.0)
+        part_PC = tl.where((lse_P > float("-inf"))[:, None], part_PC, 0.0)
         out_C = tl.sum(part_PC * weight_P[:, None], 0) * (1.0 / tl.where(total > 0, total, 1.0))
     return out_C
 
@@ -188,10 +189,15 @@ def choose(rows: int, q_THX: torch.Tensor, cache: torch.Tensor, latent: int, chi
 
 
 def parts_for(batch: int, rows: int, longest: int, config: Config, chip: Chip) -> int:
-    """Parts of a context such that programs fill the chip once: of 8 warps one to a processor, of 4 two."""
+    """Parts of a context such that programs fill the chip once: of 8 warps one to a processor, of 4 two.
+
+    None is empty where the context is the longest.
+    """
     programs = batch * cdiv(rows, config.block_n)
     rooms = chip.processors * (1 if config.warps >= 8 else 2)
-    return max(1, min(rooms // programs, cdiv(longest, config.block_s), 128))
+    tiles = cdiv(longest, config.block_s)
+    most = max(1, min(rooms // programs, tiles, 128))
+    return cdiv(tiles, cdiv(tiles, most))
 
 
 class Attended(NamedTuple):

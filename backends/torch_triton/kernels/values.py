@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import kv_b, pdl
 from .chips import check, chip_of, options
-from .kv_b import FEW_TOKENS, KvB, check_kv_b
+from .kv_b import FEW_TOKENS, KvB, check_kv_b, columns_of_piece
 from .mla_decode import Attended, merged_row
 from .quant import GROUP, Codes, empty_codes, quantise_eager, quantise_groups
 from .sizes import cdiv, power_of_2
@@ -90,13 +90,14 @@ def values(
     chip = chip_of(device)
     check(not quantise or (value == GROUP and chip.fp8_units), f"codes of values of {value}", name)
     out: Codes | torch.Tensor
+    pointers: tuple[torch.Tensor | int | None, ...]
     if quantise:
         out = empty_codes(tokens, heads * value, device)
         pointers = out.codes.view(torch.uint8), out.scales, out.scales.stride(1)
     else:
         out = torch.empty(tokens, heads * value, dtype=torch.bfloat16, device=device)
         pointers = out, None, 0
-    block_j = min(max(16, power_of_2(latent)), 512 if chip.shared_memory >= 160 << 10 else 128)
+    block_j = columns_of_piece(latent, chip)
     whole = weights.in_block(weights.rows - value, value, block_j)
     _values[(heads,)](
         part, lse_THP, *weights.arguments(chip), *pointers, tokens, heads, weights.rows, value, latent, PARTS=parts,
