@@ -173,8 +173,12 @@ def open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint:
 
 
 def holding_of(run: RunConfig, dtype: str, stored: Mapping[str, Held]) -> Holding:
-    """How a run's backend holds linear weights: torch_triton alone leaves some in another format than the run's."""
-    return Holding(dtype, stored if run.backend == "torch_triton" else {})
+    """How a run's backend holds linear weights: torch_triton alone leaves some in another format than the run's.
+
+    Random weights are made in the run's.
+    """
+    is_random = run.model.weights == "random"
+    return Holding(dtype, stored if run.backend == "torch_triton" and not is_random else {})
 
 
 class CountedWeights:
