@@ -24,6 +24,7 @@ from deepspan.backends.torch_triton.kernels import (
     all_reduce,
     best,
     chips,
+    combine,
     decoded,
     embed,
     entries,
@@ -260,6 +261,8 @@ def launch_tokens(chip: chips.Chip) -> None:
 
 
 def launch_between_ranks(chip: chips.Chip) -> None:
+    for count, dtype in ((1, torch.float32), (9, torch.float32), (9, torch.bfloat16)):
+        combine.add_parts(empty(8, count, 7168, dtype=dtype))
     for ranks in (2, 4, 8):
         addresses, counts = empty(ranks, dtype=torch.int64), empty(all_reduce.BLOCKS, dtype=torch.int32)
         all_reduce.all_reduce(empty(8, 7168), all_reduce.Peers(1, addresses, counts))
@@ -270,7 +273,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     modules = (
         quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
-        best, embed, pairs, decoded, all_reduce, values,
+        best, embed, pairs, combine, decoded, all_reduce, values,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip

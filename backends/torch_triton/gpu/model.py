@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ....models.rope import rope_tables
 from ....models.sharding import stage_layers
+from ..kernels.combine import add_parts
 from ..kernels.embed import embed
 from ..kernels.quant import Normed
 from ..kernels.rope_cache import Tables
@@ -159,8 +160,8 @@ class Block:
         """Parts are added before they travel: [T, D] in BF16 and not [T, P, D]."""
         if self._ranks.size == 1:
             return branch
-        branch_TD = _one_part(branch)
-        return self._ranks.total(branch_TD.bfloat16().contiguous())
+        branch_TD = add_parts(branch) if branch.dim() == 3 else branch.bfloat16().contiguous()
+        return self._ranks.total(branch_TD)
 
 
 class SwiGLU:
@@ -209,7 +210,7 @@ class MoE:
         counts = [len(x_TD)] * replicas.size
         x_SD = replicas.below(x_TD, counts)
         y_SPD = self._experts(x_SD, self._choose(x_SD))
-        return replicas.own_total(_one_part(y_SPD).bfloat16(), counts)
+        return replicas.own_total(add_parts(y_SPD), counts)
 
     def _choose(self, x_SD: Tensor) -> Choice:
         choice = choose_experts(x_SD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)

@@ -1,0 +1,49 @@
+"""A branch in parts as one matrix in BF16, which ranks then add: one launch, which overlaps with those around it.
+
+Shape letters: T tokens, P parts, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import pdl
+from .chips import check, chip_of, options
+from .sizes import cdiv
+
+BLOCK_D = 1024
+
+
+@triton.jit
+def _add_parts(
+    branch_ptr, stride_t, stride_p, out_ptr, D, P: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Grid: tokens, tiles of D. Sums in FP32, in the order of the parts."""
+    t = tl.program_id(0).to(tl.int64)
+    d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    pdl.wait(PDL)
+    pdl.release(PDL)
+    sum_D = tl.zeros((BLOCK_D,), tl.float32)
+    for p in tl.static_range(P):
+        sum_D += tl.load(branch_ptr + t * stride_t + p * stride_p + d_D, mask=d_D < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + t * D + d_D, sum_D, mask=d_D < D)
+
+
+def add_parts(branch_TPD: torch.Tensor) -> torch.Tensor:
+    """BF16 [T, D] of BF16 or FP32 parts, rounded once."""
+    tokens, parts, hidden = branch_TPD.shape
+    check(branch_TPD.stride(2) == 1, "channels must be contiguous", "add_parts")
+    chip = chip_of(branch_TPD.device)
+    out_TD = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=branch_TPD.device)
+    _add_parts[(tokens, cdiv(hidden, BLOCK_D))](
+        branch_TPD, *branch_TPD.stride()[:2], out_TD, hidden, P=parts, BLOCK_D=BLOCK_D, PDL=chip.dependent_launch,
+        **options(chip, 4),
+    )  # fmt: skip
+    return out_TD
+
+
+def add_parts_eager(branch_TPD: torch.Tensor) -> torch.Tensor:
+    """The twin of `add_parts`."""
+    return branch_TPD.sum(1, dtype=torch.float32).bfloat16()

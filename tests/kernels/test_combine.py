@@ -1,0 +1,16 @@
+"""Sums of parts against their twin: the same to one BF16 ulp, for FP32 sums may be taken in another order there."""
+
+import pytest
+import torch
+
+from deepspan.backends.torch_triton.kernels import combine as kernel
+from tests.kernels.test_rope_cache import frame
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens, parts, hidden", [(1, 1, 1100), (3, 9, 52)])
+def test_equals_its_twin(tokens, parts, hidden, dtype):
+    branch = frame(tokens, parts, hidden, dtype=dtype)
+    got = kernel.add_parts(branch)
+    assert got.dtype == torch.bfloat16 and got.is_contiguous()
+    torch.testing.assert_close(got, kernel.add_parts_eager(branch), rtol=2**-7, atol=1e-6)
