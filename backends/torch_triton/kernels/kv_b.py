@@ -33,14 +33,15 @@ class KvB(NamedTuple):
     @property
     def rows(self) -> int:
         """Y."""
-        return self._codes.shape[0] // self.heads
+        return self.codes.shape[0] // self.heads
 
     @property
     def latent(self) -> int:
-        return self._codes.shape[1]
+        return self.codes.shape[1]
 
     @property
-    def _codes(self) -> torch.Tensor:
+    def codes(self) -> torch.Tensor:
+        """Or values."""
         return self.matrix.codes if isinstance(self.matrix, Fp8Weight) else self.matrix
 
     def in_block(self, first: int, rows: int, columns: int) -> bool:
@@ -56,7 +57,7 @@ class KvB(NamedTuple):
 
     def arguments(self, chip: Chip) -> tuple[torch.Tensor | int | None, ...]:
         """Of a kernel: the matrix, its row stride, and the same of scales."""
-        codes = self._codes
+        codes = self.codes
         if not isinstance(self.matrix, Fp8Weight):
             return codes, codes.stride(0), None, 0
         codes = codes if chip.fp8_units else codes.view(torch.uint8)
@@ -71,7 +72,7 @@ def columns_of_piece(latent: int, chip: Chip) -> int:
 
 
 def check_kv_b(weights: KvB, heads: int, latent: int, kernel: str) -> None:
-    codes = weights.matrix.codes if isinstance(weights.matrix, Fp8Weight) else weights.matrix
+    codes = weights.codes
     fits = weights.heads == heads and weights.latent == latent and len(codes) == heads * weights.rows
     check(fits and codes.stride(1) == 1, f"kv_b {tuple(codes.shape)} for {heads} heads", kernel)
 

@@ -1,4 +1,4 @@
-"""What few tokens attended to, from the space of latents to o_proj: one launch where four would do the same.
+"""What few tokens attended to, from the space of latents to o_proj: one launch where three would do the same.
 
 The parts of the context are merged, multiplied by the values' half of kv_b, which is read before waiting for what is
 ahead, and quantised for the next product. Of many tokens a library's products are faster.
