@@ -77,6 +77,10 @@ class Timer:
         self._last = self._batch(token_ids_B1, 0, positions[-1], outputs=1)
         return ends
 
+    def repeat(self) -> None:
+        """The last step again."""
+        self._runner.step(self._last)
+
     def experts_hit(self) -> float | None:
         """Distinct routed experts a layer of the last step, if the runner can tell."""
         if not isinstance(self._runner, CountsExperts):
