@@ -79,8 +79,10 @@ class Weights(Protocol):
         """
 
 
-def stored_as(weights: Weights) -> dict[str, Held]:
-    """How each parameter would be held as it is stored."""
+def stored_as(run: RunConfig, weights: Weights) -> dict[str, Held]:
+    """How each parameter would be held as it is stored. Random weights are not: they are made in the run's format."""
+    if run.model.weights == "random":
+        return {}
     return {name: held_as(weights.format(name), weights.group_size(name)) for name in weights.names()}
 
 

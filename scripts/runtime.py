@@ -150,7 +150,7 @@ def open_run(run: RunConfig) -> Session:
         if rank.world_size > 1:
             runner = Leader(runner, rank)
             opened.callback(runner.close)
-        holding = holding_of(run, runner.dtype, stored_as(weights))
+        holding = holding_of(run, runner.dtype, stored_as(run, weights))
         return Session(run, spec, rank, runner, holding, tokenizer, stop_tokens, opened.pop_all())
 
 
@@ -173,12 +173,8 @@ def open_weights(opened: ExitStack, run: RunConfig, spec: ModelSpec, checkpoint:
 
 
 def holding_of(run: RunConfig, dtype: str, stored: Mapping[str, Held]) -> Holding:
-    """How a run's backend holds linear weights: torch_triton alone leaves some in another format than the run's.
-
-    Random weights are made in the run's.
-    """
-    is_random = run.model.weights == "random"
-    return Holding(dtype, stored if run.backend == "torch_triton" and not is_random else {})
+    """How a run's backend holds linear weights: torch_triton alone leaves some in another format than the run's."""
+    return Holding(dtype, stored if run.backend == "torch_triton" else {})
 
 
 class CountedWeights:

@@ -52,7 +52,7 @@ class MindSporeRunner:
 
     def load(self, weights: Weights) -> None:
         spec, dtype, operators = self.spec, DTYPES[self.kv_dtype], self._ops
-        self.dtype = choose_dtype(self._run, self._device, stored_dtype(spec, stored_as(weights)))
+        self.dtype = choose_dtype(self._run, self._device, stored_dtype(spec, stored_as(self._run, weights)))
         has_mtp = weights.has_mtp and spec.num_nextn_predict_layers > 0
         if self._device == CPU:
             self._check_host_memory(has_mtp, dtype)

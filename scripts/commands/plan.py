@@ -103,7 +103,7 @@ def _stored(config: RunConfig, spec: ModelSpec) -> dict[str, Held]:
         return {}
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(config.model.path))
-        return stored_as(open_weights(opened, config, spec, checkpoint))
+        return stored_as(config, open_weights(opened, config, spec, checkpoint))
 
 
 def _parts(text: str | None) -> list[str]:

@@ -176,9 +176,9 @@ def test_auto_follows_w8a8_on_an_npu_only(converted):
     source = LayoutSource(converted("w8a8-mindspore"))
     with Checkpoint.open(DEMO) as checkpoint:
         spec = spec_from_hf(checkpoint.config, "config.json")
-    stored = stored_dtype(spec, stored_as(source))
-    source.close()
     run, plain = (RunConfig.model_validate({"model": {"spec": "demo"}, "dtype": dtype}) for dtype in ("auto", "bf16"))
+    stored = stored_dtype(spec, stored_as(run, source))
+    source.close()
     assert [choose_dtype(run, device, stored) for device in (ASCEND, CPU)] == ["w8a8", "fp32"]
     assert choose_dtype(run, ASCEND, "int4") == choose_dtype(plain, ASCEND, stored) == "bf16"
 

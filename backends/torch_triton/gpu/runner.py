@@ -61,7 +61,7 @@ class GpuRunner:
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:
         run, spec = self._run, self.spec
-        stored = {} if run.model.weights == "random" else stored_as(weights)
+        stored = stored_as(run, weights)
         self.dtype = choose_gpu_dtype(run, spec, stored)
         holding = Holding(self.dtype, stored)
         self._check_parts(weights.has_mtp, holding)

@@ -53,7 +53,7 @@ class NpuRunner:
     @torch.inference_mode()
     def load(self, weights: Weights) -> None:
         spec, run, mesh = self.spec, self._run, self._mesh
-        stored = stored_as(weights)
+        stored = stored_as(run, weights)
         self.dtype = choose_npu_dtype(run, spec, stored, self._device)
         holding = Holding(self.dtype, stored)
         held = shards(spec, mesh.grid, mesh.rank, weights.has_mtp)
