@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ def _attention(setting: Setting, dtype: torch.dtype, batch: int, context: int, h
     parts = mla_decode.parts_for(batch, heads, context, config, chip)
     chosen = ("chosen", config, parts)
     for label, config, part in [chosen, *(_attention_sweep(heads, parts) if setting.sweep else [])]:
-        runs = [partial(mla_decode.mla_decode, q, *cache, 0.04, LATENT, context, part, config) for cache in caches]
+        runs = [partial(_attended, q, *cache, 0.04, LATENT, context, part, config) for cache in caches]
         yield Case(
             "mla_decode",
             f"{batch} x {context}, {heads} heads",
@@ -212,8 +212,12 @@ def _attention(setting: Setting, dtype: torch.dtype, batch: int, context: int, h
             size + batch * heads * (2 * LATENT + ROPE) * 2,
             2 * batch * context * heads * (2 * LATENT + ROPE),
             runs,
-            partial(_distance, runs[0], partial(mla_decode.mla_decode_eager, q, *caches[0], 0.04, LATENT)),
+            partial(_distance, runs[0], partial(mla_decode.attend_eager, q, *caches[0], 0.04, LATENT)),
         )
+
+
+def _attended(*arguments: Any) -> Tensor:
+    return mla_decode.merged(mla_decode.attend(*arguments))
 
 
 def _attention_sweep(heads: int, parts: int) -> list[tuple[str, mla_decode.Config, int]]:

@@ -86,10 +86,8 @@ def chain(setting: Setting) -> Iterator[Case]:
         blocks = tokens * context // PAGE
         layers = [_layer(device, blocks) for _ in range(4 if setting.copies_of else 1)]
         step = _step(device, tokens, blocks, stack)
-        residual, branch = (
-            random_rows(device, tokens, HIDDEN),
-            torch.randn(tokens, 9 if tokens > 1 else 1, HIDDEN, device=device),
-        )
+        parts = 9 if tokens > 1 else 1
+        residual, branch = random_rows(device, tokens, HIDDEN), torch.randn(tokens, parts, HIDDEN, device=device)
         hit = _experts_hit(step, layers, residual)
         dense = 2112 * 7168 + 24576 * 1536 + 32768 * 512 + 7168 * 16384 + 256 * 7168 * 2 + tokens * context * 1152
         moved = dense + int(hit * 3 * 2048 * 7168)
@@ -104,8 +102,8 @@ def _layer(device: torch.device, blocks: int) -> Layer:
 
     return Layer(
         matrix(2112, 7168), matrix(24576, 1536), KvB(matrix(32768, 512), HEADS), matrix(7168, 16384),
-        random_rows(device, 256, HIDDEN),
-        torch.rand(256, device=device) * 0.1, random_rows(device, blocks, PAGE, LATENT + ROPE),
+        random_rows(device, 256, HIDDEN), torch.rand(256, device=device) * 0.1,
+        random_rows(device, blocks, PAGE, LATENT + ROPE),
     )  # fmt: skip
 
 
@@ -115,8 +113,7 @@ def _step(device: torch.device, tokens: int, blocks: int, stack: experts.Stack) 
         {width: torch.rand(width, device=device) for width in (HIDDEN, QUERY_LATENT, LATENT)},
         rope_cache.Tables(*torch.rand(2, 4096, ROPE // 2, device=device)),
         router.scratch(tokens, 256, device), torch.arange(tokens, device=device), table,
-        torch.full((tokens,), PAGE * table.shape[1], dtype=torch.int32, device=device),
-        stack,
+        torch.full((tokens,), PAGE * table.shape[1], dtype=torch.int32, device=device), stack,
     )  # fmt: skip
 
 

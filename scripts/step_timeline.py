@@ -1,7 +1,7 @@
 """Which kernel of a decode step ends when: `python scripts/step_timeline.py v3_slice_fp8 --batch 1`.
 
 A recorded step is replayed under PyTorch's profiler. With dependent launches kernels overlap: what a kernel adds to the
-step is the time from the end of the one ahead to its own end, the column that sums up to the step.
+step is the time from the end of those ahead to its own end: the column that sums up to the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepspan.scripts.options import add_run
 from deepspan.scripts.runtime import open_run, read_run
 from deepspan.scripts.timing import Timer
 
-_STEPS = 3  # of which the last one is shown: the first is recorded, the second fills what steps leave behind
+_STEPS = 3  # of which the last one is shown: the profiler's own start delays the first
 
 
 class Kernel(NamedTuple):
@@ -60,7 +60,7 @@ def main() -> None:
     print("     end, µs      adds  kernel")
     before = kernels[0].start
     for kernel in kernels:
-        print(f"{kernel.end - kernels[0].start:12.2f}  {kernel.end - before:8.2f}  {kernel.name[:80]}")
+        print(f"{kernel.end - kernels[0].start:12.2f}  {max(0.0, kernel.end - before):8.2f}  {kernel.name[:80]}")
         before = max(before, kernel.end)
 
 

@@ -24,11 +24,7 @@ def _product(x, weight, gated=False):
 
 
 def _attend(q, cache, table, lengths, scale, latent, longest):
-    return mla_decode.mla_decode_eager(q, cache, table, lengths, scale, latent).bfloat16()
-
-
-def _attended(*arguments):
-    return mla_decode.Attended(_attend(*arguments), None)
+    return mla_decode.Attended(mla_decode.attend_eager(q, cache, table, lengths, scale, latent).bfloat16(), None)
 
 
 def _choose(x, weight, bias, spec, room, shared):
@@ -43,8 +39,7 @@ def put_in_place(monkeypatch):
     monkeypatch.setattr(expert_kernels, "gate_up", _gate_up)
     monkeypatch.setattr(expert_kernels, "down", _down)
     monkeypatch.setattr(attention, "absorb", absorb.absorb_eager)
-    monkeypatch.setattr(attention, "attend", _attended)
-    monkeypatch.setattr(attention, "mla_decode", _attend)
+    monkeypatch.setattr(attention, "attend", _attend)
     monkeypatch.setattr(attention, "values", values.values_eager)
     monkeypatch.setattr(attention, "rope_cache", rope_cache.rope_cache_eager)
     monkeypatch.setattr(attention, "read_entries", entries.read_entries_eager)

@@ -193,10 +193,11 @@ def launch_mla(chip: chips.Chip) -> None:
     for cache in (*caches(), small_pages):
         for heads, queries in ((16, 1), (16, 2), (128, 1))[2 * (cache is small_pages) :]:
             for parts in (1, 8) if cache.dtype == torch.bfloat16 or heads == 128 else (8,):
-                mla_decode.mla_decode(
+                attended = mla_decode.attend(
                     empty(8 * queries, heads, 576), cache, empty(8, 99, dtype=torch.int32),
                     empty(8, dtype=torch.int32), 0.1, 512, longest=4096, parts=parts,
                 )  # fmt: skip
+                mla_decode.merged(attended)
         entries.read_entries(cache, empty(5000, dtype=torch.int64), 512, 64)
 
 

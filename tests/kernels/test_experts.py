@@ -56,7 +56,8 @@ def test_experts_equal_dequantised_products(tokens, per_token, kind, quantised):
     assert distance(h, kernel.gate_up_eager(x, ids, layer)) < 2**-8
     h = operand(kind, h) if quantised else h
     got = kernel.down(h, ids, factors, layer, tiles)
-    assert got.dtype == torch.float32
+    assert got.dtype == torch.float32 and got.shape == (tokens, 1 if tokens == 1 else per_token, HIDDEN)
+    assert torch.equal(kernel.down(h, ids, factors, layer, tiles), got)  # counters are as they were
     assert distance(got.sum(1), kernel.down_eager(h, ids, factors, layer).sum(1)) < TOLERANCE
 
 

@@ -33,6 +33,11 @@ def case(lengths, page, heads, latent, rope, queries=1, seed=0, held=torch.bfloa
     return q, cache, table, torch.tensor(lengths, dtype=torch.int32)
 
 
+def attended(*arguments, **options) -> torch.Tensor:
+    """With its parts merged."""
+    return kernel.merged(kernel.attend(*arguments, **options))
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -44,8 +49,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_equals_softmax_attention(heads, latent, rope, queries, held, page):
     q, cache, table, lengths = case([5, 131, 0, 64], page, heads, latent, rope, queries, held=held)
     for parts in (1, 3):
-        got = kernel.mla_decode(q, cache, table, lengths, 0.1, latent, longest=200, parts=parts)
-        want = kernel.mla_decode_eager(q, cache, table, lengths, 0.1, latent)
+        got = attended(q, cache, table, lengths, 0.1, latent, longest=200, parts=parts)
+        want = kernel.attend_eager(q, cache, table, lengths, 0.1, latent)
         assert distance(got, want) < 2**-7
         assert not got[2 * queries : 3 * queries].any()
 
@@ -54,8 +59,8 @@ def test_equals_softmax_attention(heads, latent, rope, queries, held, page):
 def test_large_tiles_and_large_scores(held):
     q, cache, table, lengths = case([1, 300], 64, 65, 64, 16, held=held)
     config = kernel.Config(64, 64, 8, 2)
-    got = kernel.mla_decode(q * 8, cache, table, lengths, 1.0, 64, longest=300, parts=2, config=config)
-    assert distance(got, kernel.mla_decode_eager(q * 8, cache, table, lengths, 1.0, 64)) < 2**-7
+    got = attended(q * 8, cache, table, lengths, 1.0, 64, longest=300, parts=2, config=config)
+    assert distance(got, kernel.attend_eager(q * 8, cache, table, lengths, 1.0, 64)) < 2**-7
 
 
 @pytest.mark.parametrize("held", DTYPES)
@@ -65,8 +70,8 @@ def test_the_next_tile_may_wait_in_registers(held, page):
     q, cache, table, lengths = case([1, 131, 0, 64], page, 6, 132, 8, held=held)
     for parts in (1, 3):
         tiling = {"longest": 200, "parts": parts, "config": kernel.Config(16, 32, 8, 1, prefetch=True)}
-        got = kernel.mla_decode(q, cache, table, lengths, 0.1, 132, **tiling)
-        assert distance(got, kernel.mla_decode_eager(q, cache, table, lengths, 0.1, 132)) < 2**-7
+        got = attended(q, cache, table, lengths, 0.1, 132, **tiling)
+        assert distance(got, kernel.attend_eager(q, cache, table, lengths, 0.1, 132)) < 2**-7
 
 
 def test_hopper_has_a_kernel_for_many_rows_of_contiguous_bf16():
@@ -88,9 +93,9 @@ def test_hopper_equals_softmax_attention(heads, queries, page):
     lengths = [1, 63, 64, 65, 127, 128, 129, 0, 200, 1000, 777]
     q, cache, table, lengths = case(lengths, page, heads, 512, 64, queries)
     q, cache = q.contiguous(), cache.contiguous()
-    want = kernel.mla_decode_eager(q, cache, table, lengths, 0.1, 512)
+    want = kernel.attend_eager(q, cache, table, lengths, 0.1, 512)
     for parts in (1, 3, 8):
-        got = kernel.mla_decode(q, cache, table, lengths, 0.1, 512, longest=1000, parts=parts, config=kernel.HOPPER)
+        got = attended(q, cache, table, lengths, 0.1, 512, longest=1000, parts=parts, config=kernel.HOPPER)
         assert distance(got, want) < 2**-7
         assert not got[7 * queries : 8 * queries].any()
 
@@ -99,14 +104,14 @@ def test_hopper_equals_softmax_attention(heads, queries, page):
 def test_fp8_entries_are_read_alike_without_an_instruction(name, monkeypatch):
     q, cache, table, lengths = case([70, 9], 16, 4, 132, 8, held=FP8_CACHE)
     tiling = {"longest": 80, "parts": 2, "config": kernel.Config(16, 32, 4, 1)}
-    with_one = kernel.mla_decode(q, cache, table, lengths, 0.1, 132, **tiling)
+    with_one = attended(q, cache, table, lengths, 0.1, 132, **tiling)
     monkeypatch.setattr(kernel, "chip_of", lambda device: chip_named(name))
-    assert torch.equal(kernel.mla_decode(q, cache, table, lengths, 0.1, 132, **tiling), with_one)
+    assert torch.equal(attended(q, cache, table, lengths, 0.1, 132, **tiling), with_one)
 
 
 def test_parts_are_a_matter_of_speed():
     q, cache, table, lengths = case([700], 64, 4, 32, 16)
-    results = [kernel.mla_decode(q, cache, table, lengths, 0.2, 32, 700, parts=parts) for parts in (1, 2, 8, 32)]
+    results = [attended(q, cache, table, lengths, 0.2, 32, 700, parts=parts) for parts in (1, 2, 8, 32)]
     for other in results[1:]:
         assert distance(other, results[0]) < 2**-7
 
@@ -114,10 +119,10 @@ def test_parts_are_a_matter_of_speed():
 def test_what_it_cannot_take_is_one_clear_error():
     q, cache, table, lengths = case([9], 16, 4, 32, 16)
     with pytest.raises(DeepspanError, match="cache .*, not of 48: kernel mla_decode"):
-        kernel.mla_decode(q, cache[:, :, :40], table, lengths, 1.0, 32, 9)
+        attended(q, cache[:, :, :40], table, lengths, 1.0, 32, 9)
     _, in_fp8, *_ = case([9], 16, 4, 32, 16, held=FP8_CACHE)
     misaligned = torch.cat([in_fp8, in_fp8[..., :2]], -1)[..., :-2]
     with pytest.raises(DeepspanError, match=r"FP8 cache of latents of 32 with strides .*1120, 70, 1"):
-        kernel.mla_decode(q, misaligned, table, lengths, 1.0, 32, 9)
+        attended(q, misaligned, table, lengths, 1.0, 32, 9)
     with pytest.raises(DeepspanError, match="must be int32"):
-        kernel.mla_decode(q, cache, table.long(), lengths, 1.0, 32, 9)
+        attended(q, cache, table.long(), lengths, 1.0, 32, 9)

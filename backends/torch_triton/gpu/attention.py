@@ -22,7 +22,7 @@ from ....models.spec import ModelSpec
 from ..kernels.absorb import absorb
 from ..kernels.entries import read_entries
 from ..kernels.kv_b import FEW_TOKENS, KvB
-from ..kernels.mla_decode import attend, mla_decode
+from ..kernels.mla_decode import attend, merged
 from ..kernels.prompt_attention import prompt_attention
 from ..kernels.quant import GROUP
 from ..kernels.rope_cache import Tables, rope_cache
@@ -81,7 +81,7 @@ class Attention:
         q_absorbed_THX = self._absorb(q_THX)
         rotated_THR = q_absorbed_THX[:, :, spec.kv_lora_rank :]
         self._rotate(q_THX[:, :, spec.qk_nope_head_dim :], rotated_THR, kv_TX, step, cache_PZE)
-        return self._values(mla_decode(q_absorbed_THX, *self._absorbed(decode, cache_PZE)))
+        return self._values(merged(attend(q_absorbed_THX, *self._absorbed(decode, cache_PZE))))
 
     def _decode_few(self, q_THX: Tensor, kv_TX: Tensor, step: Step, decode: Absorbed, cache_PZE: Tensor) -> Operand:
         layers, spec, form = self._layers, self._spec, self._layers.o.form
@@ -103,7 +103,7 @@ class Attention:
             q_AHX = q_THX[absorbed.rows]
             q_absorbed_AHX = self._absorb(q_AHX)
             q_absorbed_AHX[:, :, latent:] = q_AHX[:, :, nope:]
-            out_AY = self._values(mla_decode(q_absorbed_AHX, *self._absorbed(absorbed, cache_PZE)))
+            out_AY = self._values(merged(attend(q_absorbed_AHX, *self._absorbed(absorbed, cache_PZE))))
             out_THV[absorbed.rows] = out_AY.unflatten(1, out_THV.shape[1:])
         for prompts in step.prompts:
             self._attend_expanded(q_THX, prompts, cache_PZE, out_THV)

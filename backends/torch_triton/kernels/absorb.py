@@ -26,11 +26,10 @@ _SPLITS = 2  # programs of a head
 @triton.jit
 def _absorb(
     q_ptr, q_stride_t, q_stride_h, kv_b_ptr, kv_b_stride, scales_ptr, scales_stride, out_ptr, out_stride_t,
-    out_stride_h,
-    kv_ptr, kv_stride, weight_ptr, eps, position_ptr, slot_ptr, cos_ptr, sin_ptr, cache_ptr, cache_stride_block,
-    cache_stride_token, T, H, Y, N, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Z: tl.constexpr,
-    IN_BLOCK: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
+    out_stride_h, kv_ptr, kv_stride, weight_ptr, eps, position_ptr, slot_ptr, cos_ptr, sin_ptr, cache_ptr,
+    cache_stride_block, cache_stride_token, T, H, Y, N, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_Z: tl.constexpr, IN_BLOCK: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: SPLITS programs of each head, then one for the keys; tiles of T."""
     t_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -80,7 +79,7 @@ def absorb(
     tables: Tables,
     cache: torch.Tensor,
 ) -> torch.Tensor:
-    """Queries for `mla_decode`, BF16 [T, H, C + R], from unrotated ones [T, H, N + R]; and the tokens' cache entries.
+    """Queries for `mla_decode.attend`, BF16 [T, H, C + R], from unrotated ones [T, H, N + R]; and the tokens' entries.
 
     ``kv_TX``, ``weight_C``, ``eps``, ``positions_T``, ``slots_T`` and ``cache`` as in `rope_cache`.
     """

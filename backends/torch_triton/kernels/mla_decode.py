@@ -273,25 +273,10 @@ def merged(attended: Attended) -> torch.Tensor:
     return out
 
 
-def mla_decode(
-    q_THX: torch.Tensor,
-    cache: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    latent: int,
-    longest: int,
-    parts: int | None = None,
-    config: Config | None = None,
-) -> torch.Tensor:
-    """`attend`, and its parts merged: weighted latents, BF16 [T, H, C]."""
-    return merged(attend(q_THX, cache, table, lengths, scale, latent, longest, parts, config))
-
-
-def mla_decode_eager(
+def attend_eager(
     q_THX: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, scale: float, latent: int
 ) -> torch.Tensor:
-    """The twin of `mla_decode`, FP32."""
+    """The twin of `merged` results of `attend`, FP32 [T, H, C]."""
     page = cache.shape[1]
     queries = len(q_THX) // len(lengths)
     out = q_THX.new_zeros(*q_THX.shape[:2], latent, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""`mla_decode` on Hopper for many query rows: its warps have different tasks.
+"""`mla_decode.attend` on Hopper for many query rows: its warps have different tasks.
 
 One warp has halves of tiles of the cache copied ahead. Two groups of four warps take turns in tiles: group w scores the
 tiles of parity w with all their 576 numbers, and owns half w of the value's columns, to which both groups' weights
@@ -280,7 +280,7 @@ def launch(
     lse_THP: torch.Tensor | None,
     chip: Chip,
 ) -> None:
-    """Fill ``out_THPC``, and with several parts ``lse_THP``, as `mla_decode.mla_decode` does, which checks the rest."""
+    """Fill ``out_THPC``, and with several parts ``lse_THP``, as `mla_decode.attend` does, which checks the rest."""
     tokens, heads, width = q_THX.shape
     queries, parts = tokens // len(lengths), 1 if lse_THP is None else lse_THP.shape[2]
     q_NX, k_SX = q_THX.view(-1, width), cache.view(-1, width)
