@@ -200,7 +200,7 @@ def _attention(setting: Setting, dtype: torch.dtype, batch: int, context: int, h
     ]
     q = random_rows(device, batch, heads, LATENT + ROPE)
     chip = quant.chip_of(device)
-    config = mla_decode.choose(heads, q, caches[0][0], LATENT, chip)
+    config = mla_decode.choose(batch, heads, context, q, caches[0][0], LATENT, chip)
     parts = mla_decode.parts_for(batch, heads, context, config, chip)
     chosen = ("chosen", config, parts)
     for label, config, part in [chosen, *(_attention_sweep(heads, parts) if setting.sweep else [])]:

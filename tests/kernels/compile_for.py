@@ -193,12 +193,18 @@ def launch_mla(chip: chips.Chip) -> None:
     for cache in (*caches(), small_pages):
         for heads, queries in ((16, 1), (16, 2), (128, 1))[2 * (cache is small_pages) :]:
             for parts in (1, 8) if cache.dtype == torch.bfloat16 or heads == 128 else (8,):
-                attended = mla_decode.attend(
-                    empty(8 * queries, heads, 576), cache, empty(8, 99, dtype=torch.int32),
-                    empty(8, dtype=torch.int32), 0.1, 512, longest=4096, parts=parts,
-                )  # fmt: skip
-                mla_decode.merged(attended)
+                launch_attend(cache, 8, heads, queries, longest=4096, parts=parts)
+        for heads in (16, 128) if cache.dtype == torch.bfloat16 else ():
+            launch_attend(cache, 1, heads, 1, longest=1056)
         entries.read_entries(cache, empty(5000, dtype=torch.int64), 512, 64)
+
+
+def launch_attend(cache: torch.Tensor, sequences: int, heads: int, queries: int, **options: int) -> None:
+    attended = mla_decode.attend(
+        empty(sequences * queries, heads, 576), cache, empty(sequences, 99, dtype=torch.int32),
+        empty(sequences, dtype=torch.int32), 0.1, 512, **options,
+    )  # fmt: skip
+    mla_decode.merged(attended)
 
 
 def launch_around_attention(chip: chips.Chip) -> None:

@@ -74,15 +74,47 @@ def test_the_next_tile_may_wait_in_registers(held, page):
         assert distance(got, kernel.attend_eager(q, cache, table, lengths, 0.1, 132)) < 2**-7
 
 
+@pytest.mark.parametrize("config", kernel.SHORT["sm_90"])
+@pytest.mark.parametrize("heads, queries", [(20, 1), (6, 3)])
+@pytest.mark.parametrize("page", [64, 24])
+def test_every_tile_may_be_a_part(config, heads, queries, page):
+    """Of the longest context; others leave parts empty."""
+    q, cache, table, lengths = case([129, 1, 0, 64], page, heads, 132, 8, queries)
+    parts = -(-129 // config.block_s)
+    got = attended(q, cache, table, lengths, 0.1, 132, longest=129, parts=parts, config=config)
+    assert distance(got, kernel.attend_eager(q, cache, table, lengths, 0.1, 132)) < 2**-7
+    assert not got[2 * queries : 3 * queries].any()
+
+
+@pytest.mark.parametrize(
+    "batch, rows, longest, short, parts",
+    [(1, 16, 1056, 0, 17), (1, 64, 1056, 0, 17), (7, 16, 1056, 0, 17), (4, 32, 1056, 1, 17), (8, 16, 1056, 1, 17),
+     (1, 128, 1024, 0, 16), (1, 128, 1056, 1, 17), (1, 128, 2048, 1, 32)],
+)  # fmt: skip
+def test_hopper_takes_small_tiles_of_short_contexts(batch, rows, longest, short, parts):
+    """Each a part; neither of FP8, nor where they do not fit the chip."""
+    hopper = chip_named("sm_90")
+    q, cache = torch.empty(batch, rows, 576).bfloat16(), torch.empty(9, 64, 576).bfloat16()
+    config = kernel.choose(batch, rows, longest, q, cache, 512, hopper)
+    assert config == kernel.SHORT["sm_90"][short]
+    assert kernel.parts_for(batch, rows, longest, config, hopper) == parts
+    others = [(batch, rows, 16 * longest, cache, hopper), (16 * batch, rows, longest, cache, hopper)]
+    others += [(batch, rows, longest, torch.empty(9, 64, 656).to(FP8_CACHE), hopper)]
+    others += [(batch, rows, longest, cache, chip_named("sm_100"))]
+    for batch, rows, longest, cache, chip in others:
+        tables = kernel.TABLE[chip.name], kernel.FP8_TABLE[chip.name], (kernel.HOPPER,)
+        assert kernel.choose(batch, rows, longest, q, cache, 512, chip) in sum(tables, ())
+
+
 def test_hopper_has_a_kernel_for_many_rows_of_contiguous_bf16():
     hopper = chip_named("sm_90")
     q, cache = torch.empty(2, 64, 576).bfloat16(), torch.empty(9, 64, 576).bfloat16()
-    assert kernel.choose(64, q, cache, 512, hopper) == kernel.HOPPER
+    assert kernel.choose(2, 64, 9000, q, cache, 512, hopper) == kernel.HOPPER
     others = [(32, q, cache, 512, hopper), (64, q, cache, 512, chip_named("sm_100")), (64, q, cache, 500, hopper)]
     others += [(64, q[:, ::2], cache, 512, hopper), (64, q[..., :520], cache[..., :520], 512, hopper)]
     unfit = cache[:, :32], cache.flatten().view(-1, 32, 576), torch.empty(9, 64, 656).to(FP8_CACHE)
     others += [(64, q, cache, 512, hopper) for cache in unfit]
-    assert all(kernel.choose(*other) != kernel.HOPPER for other in others)
+    assert all(kernel.choose(2, rows, 9000, *other) != kernel.HOPPER for rows, *other in others)
 
 
 @pytest.mark.skipif(chip_of(DEVICE).name != "sm_90", reason="Gluon has no interpreter: needs a Hopper GPU")

@@ -131,7 +131,7 @@ class Attention:
         return out_AHV.flatten(1)
 
     def _absorbed(self, absorbed: Absorbed, cache_PZE: Tensor) -> tuple[Tensor, Tensor, Tensor, float, int, int]:
-        """What attention in this form takes besides queries."""
+        """What attention in this form takes besides queries. Tables and lengths came before the step's first kernel."""
         latent = self._spec.kv_lora_rank
         return cache_PZE, absorbed.table_BM, absorbed.lengths_B, self._scale, latent, absorbed.longest
 

@@ -52,6 +52,15 @@ def store_latents(entry_ptrs_T, latent_TC, mask_T, C: tl.constexpr, INSTRUCTION:
 
 
 @triton.jit
+def prefetch(entry_ptrs_S, mask_S, C: tl.constexpr, R: tl.constexpr):
+    """Bring entries to the L2 cache, but for the end of an FP8 one that does not begin with a line."""
+    LINE: tl.constexpr = 1024 // entry_ptrs_S.dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = C + R if LINE == 64 else C + (C + 127) // 128 * 4 + 2 * R
+    e_L = tl.arange(0, triton.next_power_of_2((WIDTH + LINE - 1) // LINE)) * LINE
+    pdl.prefetch(entry_ptrs_S[:, None] + e_L[None, :], mask_S[:, None] & (e_L < WIDTH)[None, :])
+
+
+@triton.jit
 def load_latents(entry_ptrs_S, mask_S, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Latents as entries hold them, [S, BLOCK_C], and their scales [S, G], zeros in BF16; zeros where masked."""
     S: tl.constexpr = entry_ptrs_S.shape[0]

@@ -41,9 +41,18 @@ def _attend(
     c_C = tl.arange(0, BLOCK_C)
     r_R = tl.arange(0, BLOCK_R)
     table_ptr += b * table_stride
+    length = tl.load(length_ptr + b)  # not written by the kernel ahead, nor is the table: see `attend`
+    span = tl.cdiv(tl.cdiv(length, BLOCK_S), PARTS) * BLOCK_S
+    start = part * span
+    end = tl.minimum(start + span, length)
+    # A tile's blocks are known one tile ahead, so that nothing waits for the table.
+    block = _blocks(table_ptr, start, end, PAGE, BLOCK_S)
+    if PDL:
+        s_S = start + tl.arange(0, BLOCK_S)
+        entry_ptrs_S = _entries(cache_ptr, cache_stride_block, cache_stride_token, block, s_S, PAGE)
+        entries.prefetch(entry_ptrs_S, s_S < end, C, R)
     pdl.wait(PDL)
     pdl.release(PDL)
-    length = tl.load(length_ptr + b)
     q_ptrs_N = q_ptr + token_N * q_stride_t + (n_N % H) * q_stride_h
     q_NC = tl.load(q_ptrs_N[:, None] + c_C[None, :], mask=valid_N[:, None] & (c_C < C)[None, :], other=0.0)
     q_NR = tl.load(q_ptrs_N[:, None] + C + r_R[None, :], mask=valid_N[:, None] & (r_R < R)[None, :], other=0.0)
@@ -52,11 +61,6 @@ def _attend(
     most_N = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_N = tl.zeros((BLOCK_N,), tl.float32)
     acc_NC = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    span = tl.cdiv(tl.cdiv(length, BLOCK_S), PARTS) * BLOCK_S
-    start = part * span
-    end = tl.minimum(start + span, length)
-    # A tile's blocks are known one tile ahead, so that nothing waits for the table.
-    block = _blocks(table_ptr, start, end, PAGE, BLOCK_S)
     if PREFETCH:
         held_SC, scale_SG, k_SR = _load(
             cache_ptr, cache_stride_block, cache_stride_token, block, start, end, C, R, PAGE, BLOCK_S, BLOCK_C, BLOCK_R
@@ -104,6 +108,12 @@ def _blocks(table_ptr, s, end, PAGE: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def _entries(cache_ptr, cache_stride_block, cache_stride_token, block, s_S, PAGE: tl.constexpr):
+    """Pointers to the cache entries of a tile's tokens."""
+    return cache_ptr + block.to(tl.int64) * cache_stride_block + (s_S % PAGE) * cache_stride_token
+
+
+@triton.jit
 def _load(
     cache_ptr, cache_stride_block, cache_stride_token, block, s, end, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -111,7 +121,7 @@ def _load(
     """Latents as held, their scales and the rope keys of a tile."""
     s_S = s + tl.arange(0, BLOCK_S)
     r_R = tl.arange(0, BLOCK_R)
-    token_ptrs_S = cache_ptr + block.to(tl.int64) * cache_stride_block + (s_S % PAGE) * cache_stride_token
+    token_ptrs_S = _entries(cache_ptr, cache_stride_block, cache_stride_token, block, s_S, PAGE)
     held_SC, scale_SG = entries.load_latents(token_ptrs_S, s_S < end, C, BLOCK_C)
     mask_SR = tl.broadcast_to((s_S < end)[:, None], (BLOCK_S, BLOCK_R))
     if R != BLOCK_R:
@@ -162,6 +172,9 @@ class Config(NamedTuple):
 HOPPER = Config(mla_hopper.TILE, mla_hopper.TILE, 8, 2, has_tasks=True)
 
 
+# Configurations by chip for contexts so short and few that every tile of tokens is a part.
+SHORT = {"sm_90": (Config(16, 64, 8, 1), Config(16, 64, 4, 2))}
+
 # Configurations by chip for up to 16, up to 32, and more query rows; "" is one that fits any chip.
 TABLE = {
     "": (Config(16, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
@@ -178,25 +191,42 @@ FP8_TABLE = {
 }
 
 
-def choose(rows: int, q_THX: torch.Tensor, cache: torch.Tensor, latent: int, chip: Chip) -> Config:
-    """The configuration for ``rows`` = Q H query rows of a sequence."""
+def choose(
+    batch: int, rows: int, longest: int, q_THX: torch.Tensor, cache: torch.Tensor, latent: int, chip: Chip
+) -> Config:
+    """The configuration for ``rows`` = Q H query rows of each of ``batch`` sequences of up to ``longest`` tokens."""
+    fp8 = cache.dtype == FP8_CACHE
+    short = None if fp8 else choose_short(batch, rows, longest, chip)
+    if short is not None:
+        return short
     if rows > 32 and mla_hopper.takes(q_THX, cache, latent, chip):
         return HOPPER
-    fp8 = cache.dtype == FP8_CACHE
     table = FP8_TABLE if fp8 and chip.name in FP8_TABLE else TABLE
     few, more, many = table.get(chip.name, TABLE[""])
     return few if rows <= 16 else more if rows <= 32 else many
 
 
-def parts_for(batch: int, rows: int, longest: int, config: Config, chip: Chip) -> int:
-    """Parts of a context such that programs fill the chip once: of 8 warps one to a processor, of 4 two.
+def choose_short(batch: int, rows: int, longest: int, chip: Chip) -> Config | None:
+    """The first whose tiles of a few rows and tokens fit the chip at once; None where none does.
 
-    None is empty where the context is the longest.
+    Then time is what one tile takes, however often the cache is read.
     """
+    for config in SHORT.get(chip.name, ()):
+        if batch * cdiv(rows, config.block_n) * cdiv(longest, config.block_s) <= rooms_for(config, chip):
+            return config
+    return None
+
+
+def rooms_for(config: Config, chip: Chip) -> int:
+    """Programs that fill the chip once: of 8 warps one to a processor, of 4 two."""
+    return chip.processors * (1 if config.warps >= 8 else 2)
+
+
+def parts_for(batch: int, rows: int, longest: int, config: Config, chip: Chip) -> int:
+    """Parts of a context such that programs fill the chip once. None is empty where the context is the longest."""
     programs = batch * cdiv(rows, config.block_n)
-    rooms = chip.processors * (1 if config.warps >= 8 else 2)
     tiles = cdiv(longest, config.block_s)
-    most = max(1, min(rooms // programs, tiles, 128))
+    most = max(1, min(rooms_for(config, chip) // programs, tiles, 128))
     return cdiv(tiles, cdiv(tiles, most))
 
 
@@ -222,7 +252,8 @@ def attend(
 
     ``cache`` [blocks, block_size, E], BF16 or FP8; ``table`` int32 [B, ...], a sequence's blocks in order, anything
     after them; ``lengths`` int32 [B] counts the query tokens too, and is 0 for a row of padding, whose result is 0.
-    ``longest`` is a bound on the lengths that is known before they are.
+    ``longest`` is a bound on the lengths that is known before they are. The kernel directly ahead may write queries and
+    cache, but neither ``table`` nor ``lengths``: they are read while it runs.
     """
     name = "mla_decode"
     tokens, heads, width = q_THX.shape
@@ -237,7 +268,7 @@ def attend(
     chip = chip_of(q_THX.device)
     queries = tokens // batch
     rows = queries * heads
-    config = config or choose(rows, q_THX, cache, latent, chip)
+    config = config or choose(batch, rows, longest, q_THX, cache, latent, chip)
     parts = parts or parts_for(batch, rows, longest, config, chip)
     if parts == 1:
         out = Attended(q_THX.new_empty(tokens, heads, latent), None)

@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper, pdl
 from .chips import Chip, options
-from .sizes import cdiv
+from .sizes import cdiv, power_of_2
 
 TILE = 64  # query rows, and cached tokens
 LATENT = 512
@@ -43,6 +43,9 @@ _HALF_BYTES = gl.constexpr(TILE * (LATENT // 2) * 2)
 _ROPE_BYTES = gl.constexpr(TILE * ROPE * 2)
 _SHARED = gl.constexpr(_LAYOUT)
 _ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+_LINE = gl.constexpr(64)  # numbers of 128 bytes
+_TILE_LINES = gl.constexpr(power_of_2(TILE * (LATENT + ROPE) // 64))
+_LINES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _SCORE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16]))
 _RESULT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT // 2, 16]))
 _WEIGHT = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT // 2, 16]), 2))
@@ -55,6 +58,19 @@ def _part(length_ptr, PARTS: gl.constexpr):
     span = gl.cdiv(gl.cdiv(length, _TILE), PARTS) * _TILE
     start = gl.program_id(1) * span
     return start, gl.minimum(start + span, length), length
+
+
+@gluon.jit
+def _prefetch(k_ptr, table_ptr, table_stride, start, end, PAGE: gl.constexpr):
+    """Bring the part's first pair of tiles to the L2 cache. By four warps."""
+    WIDTH: gl.constexpr = _LATENT + _ROPE
+    e_E = _LINE * gl.arange(0, _TILE_LINES, layout=_LINES)
+    table_ptr += gl.program_id(2) * table_stride
+    for i in gl.static_range(2):
+        first = start + i * _TILE
+        block = gl.load(table_ptr + first // PAGE, mask=first < end, other=0)
+        tile_ptr = k_ptr + (block.to(gl.int64) * PAGE + first % PAGE) * WIDTH
+        pdl.prefetch(tile_ptr + e_E, e_E < gl.minimum(end - first, _TILE) * WIDTH)
 
 
 @gluon.jit
@@ -72,13 +88,11 @@ def _copy_half(buffers, barriers, descriptors, token, phase, TILE: gl.constexpr,
 
 
 @gluon.jit
-def _copy_ahead(
-    buffers, barriers, descriptors, table_ptr, table_stride, length_ptr, QH, PAGE: gl.constexpr, PARTS: gl.constexpr
-):
+def _copy_ahead(buffers, barriers, descriptors, part, table_ptr, table_stride, QH, PAGE: gl.constexpr):
     q, q_rope, _, _, _ = buffers
     q_filled, _, _, _, _, _ = barriers
     q_desc, q_rope_desc, _, _ = descriptors
-    start, end, _ = _part(length_ptr, PARTS)
+    start, end, _ = part
     row = gl.program_id(2) * QH + gl.program_id(0) * _TILE  # past a sequence's rows are others', or zeros: not stored
     mbarrier.expect(q_filled, 2 * _HALF_BYTES + _ROPE_BYTES)
     tma.async_copy_global_to_shared(q_desc, [row, 0], q_filled, q.index(0))
@@ -131,7 +145,7 @@ def _finish(
 
 
 @gluon.jit
-def _attend(buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, PARTS: gl.constexpr, OWN: gl.constexpr):
+def _attend(buffers, barriers, part, out_ptr, lse_ptr, scale_log2, H, Q, PARTS: gl.constexpr, OWN: gl.constexpr):
     """Scores of the tiles of parity OWN; results of the columns of half OWN."""
     OTHER: gl.constexpr = 1 - OWN
     NEAR: gl.constexpr = 2 * OWN + OWN  # of the own tile the own half,
@@ -139,7 +153,7 @@ def _attend(buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, P
     THEIRS: gl.constexpr = 2 * OTHER + OWN  # the own half of the other group's tile
     q, q_rope, k, k_rope, exchange = buffers
     q_filled, filled, emptied, most_known, weighed, _ = barriers
-    start, end, length = _part(length_ptr, PARTS)
+    start, end, length = part
     n_N = gl.program_id(0) * _TILE + gl.arange(0, _TILE, layout=gl.SliceLayout(1, _SCORE))
     visible_N = length - (Q - 1 - n_N // H)  # a query token sees the tokens before it and itself
     s_S = gl.arange(0, _TILE, layout=gl.SliceLayout(0, _SCORE))
@@ -223,8 +237,8 @@ def _attend(buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, P
 
 @gluon.jit(do_not_specialize=["table_stride", "Q"])
 def _mla_hopper(
-    q_desc, q_rope_desc, k_desc, k_rope_desc, table_ptr, table_stride, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q,
-    PAGE: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+    q_desc, q_rope_desc, k_desc, k_rope_desc, k_ptr, table_ptr, table_stride, length_ptr, out_ptr, lse_ptr, scale_log2,
+    H, Q, PAGE: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of query rows, parts, sequences."""
     q = gl.allocate_shared_memory(gl.bfloat16, [2, _TILE, _HALF], _SHARED)
@@ -247,6 +261,9 @@ def _mla_hopper(
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(emptied.index(i), count=1)
     fence_async_shared()
+    part = _part(length_ptr, PARTS)  # not written by the kernel ahead, nor is the table: see `mla_decode.attend`
+    if PDL:
+        _prefetch(k_ptr, table_ptr, table_stride, part[0], part[1], PAGE)
     pdl.wait(PDL)  # the other warps start after it
     pdl.release(PDL)
     buffers = q, q_rope, k, k_rope, exchange
@@ -254,9 +271,9 @@ def _mla_hopper(
     descriptors = q_desc, q_rope_desc, k_desc, k_rope_desc
     gl.warp_specialize(
         [
-            (_attend, (buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, PARTS, 0)),
-            (_attend, (buffers, barriers, length_ptr, out_ptr, lse_ptr, scale_log2, H, Q, PARTS, 1)),
-            (_copy_ahead, (buffers, barriers, descriptors, table_ptr, table_stride, length_ptr, Q * H, PAGE, PARTS)),
+            (_attend, (buffers, barriers, part, out_ptr, lse_ptr, scale_log2, H, Q, PARTS, 0)),
+            (_attend, (buffers, barriers, part, out_ptr, lse_ptr, scale_log2, H, Q, PARTS, 1)),
+            (_copy_ahead, (buffers, barriers, descriptors, part, table_ptr, table_stride, Q * H, PAGE)),
         ],
         [4, 1],
         [232, 40],  # registers a thread
@@ -288,6 +305,6 @@ def launch(
     _mla_hopper[(cdiv(queries * heads, TILE), parts, len(lengths))](
         TensorDescriptor.from_tensor(q_NX, half, _LAYOUT), TensorDescriptor.from_tensor(q_NX, rope, _LAYOUT),
         TensorDescriptor.from_tensor(k_SX, half, _LAYOUT), TensorDescriptor.from_tensor(k_SX, rope, _LAYOUT),
-        table, table.stride(0), lengths, out_THPC, lse_THP, scale_log2, heads, queries, PAGE=cache.shape[1],
+        cache, table, table.stride(0), lengths, out_THPC, lse_THP, scale_log2, heads, queries, PAGE=cache.shape[1],
         PARTS=parts, PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip
