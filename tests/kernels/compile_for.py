@@ -254,6 +254,7 @@ def launch_prompts(chip: chips.Chip) -> None:
         h = quant.quantise(empty(5400, 2048))
         for factors in (None, empty(600, 9, dtype=torch.float32)):
             grouped.grouped(h, weight, sorted_pairs, factors, config=grouped.HOPPER)
+        grouped.grouped(h, weight, sorted_pairs, config=grouped.HOPPER, gated=True)
     for weight in weights(chip, 7168, 2048):
         if isinstance(weight, Int4Weight):
             decoded.decoded(weight)

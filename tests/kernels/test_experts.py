@@ -18,8 +18,8 @@ HIDDEN, WIDTH, EXPERTS = 320, 128, 7
 TOLERANCE = 1e-6 if DEVICE.type == "cpu" else 2**-11
 
 
-def used(ids: torch.Tensor) -> set[int]:
-    return set(ids.flatten().tolist()) & set(range(EXPERTS))
+def used(ids: torch.Tensor, experts: int = EXPERTS) -> set[int]:
+    return set(ids.flatten().tolist()) & set(range(experts))
 
 
 def stack(ids: torch.Tensor, kind: str = "fp8") -> kernel.Stack:

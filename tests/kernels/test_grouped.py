@@ -12,6 +12,7 @@ from deepspan.backends.torch_triton.kernels.chips import chip_named, chip_of
 from deepspan.backends.torch_triton.kernels.few_rows import few_rows_eager
 from deepspan.backends.torch_triton.kernels.pairs import gather, sort_pairs
 from deepspan.backends.torch_triton.kernels.weights import Fp8Weight
+from deepspan.models.errors import DeepspanError
 from tests.kernels.device import DEVICE
 from tests.kernels.quantised import KINDS, distance, operand, weights
 from tests.kernels.quantised import rows as rows_of
@@ -74,6 +75,36 @@ def test_hopper_gives_the_same_bits(scatter):
         results.append(out if scatter else out[pairs.pair_R.argsort()])
     plain, hopper = results
     torch.testing.assert_close(hopper, plain, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(chip_of(DEVICE).name != "sm_90", reason="Gluon has no interpreter: needs a Hopper GPU")
+@pytest.mark.parametrize("width, hidden", [(128, 256), (384, 128), (256, 7168)])
+def test_hopper_joins_gate_and_up(width, hidden):
+    """Experts of no pair, one, and about a tile; then pairs of other ranks, whose activations are NaN."""
+    counts = torch.tensor([0, 1, 191, 192, 193, 0, 64, 65, 50])
+    ids = torch.arange(len(counts)).repeat_interleave(counts).int()[torch.randperm(int(counts.sum()))]
+    stack, foreign = len(counts) - 1, ids == len(counts) - 1
+    codes, scales = weights("fp8", 2 * width, hidden, stack, used(ids, stack))
+    weight = Fp8Weight(codes.contiguous(), scales.contiguous())
+    x = quant.quantise(torch.randn(len(ids), hidden).bfloat16())
+    x.codes.view(torch.uint8)[foreign] = 0x7F
+    x.scales[foreign] = torch.nan
+    pairs = sort_pairs(ids[:, None], stack, kernel.HOPPER.block_m)
+    sorted_x, here_R = gather(x, pairs, 1), ~foreign[pairs.pair_R.long()]
+    got = kernel.grouped(sorted_x, weight, pairs, foreign=True, config=kernel.HOPPER, gated=True)
+    assert got.shape == (len(ids), width) and not got[~here_R].any()
+    expected = kernel.grouped_eager(sorted_x, weight, pairs, ids[:, None], gated=True)
+    for expert in used(ids, stack):
+        own_R = ids[pairs.pair_R.long()] == expert
+        assert distance(got[own_R], expected[own_R]) < 2**-8
+
+
+def test_only_that_kernel_takes_gated_products():
+    ids = choices(9, 3)
+    pairs = sort_pairs(ids, EXPERTS, SMALL.block_m)
+    weight = weights("fp8", 2 * WIDTH, HIDDEN, EXPERTS, used(ids))
+    with pytest.raises(DeepspanError, match="gated products"):
+        kernel.grouped(torch.randn(27, HIDDEN).bfloat16(), weight, pairs, config=SMALL, gated=True)
 
 
 def test_choices_of_other_ranks_are_not_run():

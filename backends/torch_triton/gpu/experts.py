@@ -19,7 +19,7 @@ from ..kernels import experts as kernels
 from ..kernels import grouped
 from ..kernels.chips import chip_of
 from ..kernels.experts import Stack
-from ..kernels.pairs import gather, sort_pairs
+from ..kernels.pairs import Sorted, gather, sort_pairs
 from ..kernels.router import Choice
 from ..layers import gated
 from .linear import Form, Operand
@@ -58,12 +58,18 @@ class KernelExperts:
 
     def _many(self, x: Operand, choice: Choice) -> Tensor:
         tokens, choices = choice.ids.shape
-        gate_up, down = self._stack
+        down = self._stack.down
         own = 0 if self._foreign else choice.ids.numel()  # of others' choices nobody knows how many there are
         config = grouped.choose_for_experts(own, self._stack, self._chip)
         pairs = sort_pairs(choice.ids, len(down.codes), config.block_m)
-        h = self.form.gated(grouped.grouped(gather(x, pairs, choices), gate_up, pairs, config=config))
+        h = self._joined(gather(x, pairs, choices), pairs, config)
         return grouped.grouped(h, down, pairs, choice.weights, self._foreign, config).view(tokens, choices, -1)
+
+    def _joined(self, x: Operand, pairs: Sorted, config: grouped.Config) -> Operand:
+        """silu(gate) * up: of the product, where its kernel can, or else of what brings it into the form."""
+        gated = config.has_tasks
+        product = grouped.grouped(x, self._stack.gate_up, pairs, config=config, gated=gated)
+        return self.form.of(product) if gated else self.form.gated(product)
 
 
 class Bf16Experts:

@@ -2,7 +2,8 @@
 
 Tokens are the tall side of a tile, unlike in `experts`, whose tiles are for the few pairs of decoding. Pairs of a token
 and its choice lie in memory sorted by expert: gathering rows inside the products costs more than copying them first.
-Gate and up are one product here; what quantises their result joins the halves. A dense layer is a group of its own.
+Gate and up are one product here; `grouped_hopper` joins the halves, elsewhere what quantises them does. A dense layer
+is a group of its own.
 
 Shape letters: T tokens, P choices of a token, R = T P pairs, E experts, N outputs, K inputs, U tiles of pairs of one
 expert, M pairs of a tile, J weight rows of a tile, X 128 channels. Every sum has a fixed order.
@@ -141,7 +142,7 @@ class Config(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    has_tasks: bool = False  # the kernel of `grouped_hopper`
+    has_tasks: bool = False  # the kernel of `grouped_hopper`, which alone takes gated products
 
 
 HOPPER = Config(grouped_hopper.ROWS, grouped_hopper.TILE, 4, grouped_hopper.STAGES, has_tasks=True)
@@ -167,19 +168,21 @@ def grouped(
     factors_TP: torch.Tensor | None = None,
     foreign: bool = False,
     config: Config | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """Each row of x [R, K], of sorted pairs, times its expert's matrix: BF16 [R, N].
 
     ``x``: codes or BF16, as `few_rows` takes them. With ``factors_TP`` each result is multiplied by its
     pair's factor and lies where the pair was before sorting. Rows of pairs in no tile are zero if ``foreign``
-    says that there may be some, and undefined otherwise.
+    says that there may be some, and undefined otherwise. ``gated``: silu(gate) * up for matrices [gate; up],
+    [R, N / 2]; where ``config`` takes it.
     """
     name, rows = "grouped", _rows(x)
     check(rows == len(pairs.pair_R), f"{rows} rows for {len(pairs.pair_R)} pairs", name)
     if factors_TP is not None:
         fits = factors_TP.is_contiguous() and factors_TP.numel() == rows and factors_TP.dtype == torch.float32
         check(fits, f"factors {tuple(factors_TP.shape)}", name)
-    return _launch(name, x, weight, pairs, factors_TP, foreign, config)
+    return _launch(name, x, weight, pairs, factors_TP, foreign, config, gated)
 
 
 def one_matrix(x: Codes | torch.Tensor, weight: Weight, config: Config | None = None) -> torch.Tensor:
@@ -193,7 +196,7 @@ def _rows(x: Codes | torch.Tensor) -> int:
 
 def _launch(
     name: str, x: Codes | torch.Tensor, weight: Weight, pairs: Sorted | None, factors_TP: torch.Tensor | None,
-    foreign: bool, config: Config | None,
+    foreign: bool, config: Config | None, gated: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
@@ -201,12 +204,13 @@ def _launch(
     config = config or choose(chip)
     check_weight(weight, values, chip, name)
     check(len(values) >= config.block_m, f"{len(values)} rows are less than a tile", name)
+    check(not gated or (config.has_tasks and factors_TP is None), f"gated products by {config}", name)
     room = torch.zeros if foreign else torch.empty
-    out = room(len(values), outputs, dtype=torch.bfloat16, device=values.device)
+    out = room(len(values), outputs // 2 if gated else outputs, dtype=torch.bfloat16, device=values.device)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     if config.has_tasks:
         assert isinstance(x, Codes) and isinstance(weight, Fp8Weight) and pairs is not None, "what HOPPER is chosen for"
-        grouped_hopper.launch(x, weight, pairs, factors_TP, out, chip.processors)
+        grouped_hopper.launch(x, weight, pairs, factors_TP, out, gated, chip.processors)
         return out
     tiles = cdiv(len(values), config.block_m) if pairs is None else len(pairs.expert_U)
     pointers, constants = arguments(weight, chip)
@@ -225,6 +229,7 @@ def grouped_eager(
     pairs: Sorted,
     ids_TP: torch.Tensor,
     factors_TP: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """The twin of `grouped`, FP32, by the choices instead of tiles; zero for pairs whose expert is not there."""
     values_RK = dequantise(x) if isinstance(x, Codes) else x.float()
@@ -234,6 +239,9 @@ def grouped_eager(
         if 0 <= expert < len(weight.codes):
             weight_NK = dequantise_weight(matrix_of(weight, expert))
             out_RN[expert_R == expert] = values_RK[expert_R == expert] @ weight_NK.t()
+    if gated:
+        gate_RN, up_RN = out_RN.chunk(2, dim=1)
+        out_RN = torch.nn.functional.silu(gate_RN) * up_RN
     if factors_TP is None:
         return out_RN
     scattered_RN = torch.empty_like(out_RN)
