@@ -30,7 +30,8 @@ def attended(tokens: int, heads: int, parts: int, latent: int) -> Attended:
 
 
 @pytest.mark.parametrize(
-    "kind, heads, nope, value, latent", [("bf16", 3, 16, 24, 20), ("fp8", 2, 128, 128, 384), ("fp8", 3, 48, 24, 200)]
+    "kind, heads, nope, value, latent",
+    [("bf16", 3, 16, 24, 20), ("fp8", 2, 128, 128, 384), ("fp8", 3, 48, 24, 200), ("bf16", 1, 16, 24, 20)],
 )
 @pytest.mark.parametrize("tokens, parts", [(1, 1), (1, 18), (3, 2), (8, 5)])
 def test_equals_its_twin(kind, heads, nope, value, latent, tokens, parts):

@@ -26,14 +26,14 @@ _BLOCK_T = 16  # the narrow side of the matrix units
 
 @triton.jit
 def _context(
-    part_ptr, lse_ptr, h, T, H, j_J, C: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+    part_ptr, lse_ptr, h, first, T, H, j_J, C: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Columns of what a head's tokens attended to, BF16 [T, J]."""
+    """Columns of what a head's tokens from ``first`` on attended to, BF16 [T, J]."""
     t_T = tl.arange(0, BLOCK_T)
     context_TJ = tl.zeros((BLOCK_T, j_J.shape[0]), tl.bfloat16)
     for t in tl.static_range(TOKENS):
-        row = (tl.minimum(t, T - 1) * H + h).to(tl.int64)
+        row = (tl.minimum(first + t, T - 1) * H + h).to(tl.int64)
         context_J = merged_row(part_ptr, lse_ptr, row, j_J, C, PARTS, PADDED).to(tl.bfloat16)
         context_TJ = tl.where((t_T == t)[:, None], context_J[None, :], context_TJ)
     return context_TJ
@@ -47,31 +47,33 @@ def _values(
     IN_BLOCK: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr,
     INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: heads. C in pieces of J columns, the first of which is read before waiting."""
+    """Grid: heads, groups of tokens. C in pieces of J columns, the first of which is read before waiting."""
     h = tl.program_id(0)
+    first_t = tl.program_id(1) * TOKENS
     first = h * Y + (Y - V)
     j_J = tl.arange(0, BLOCK_J)
     w_VJ = kv_b.head_rows(kv_b_ptr, kv_b_stride, scales_ptr, scales_stride, first, BLOCK_V, V, 0, BLOCK_J, C, IN_BLOCK)
     pdl.wait(PDL)
     pdl.release(PDL)
-    context_TJ = _context(part_ptr, lse_ptr, h, T, H, j_J, C, PARTS, PADDED, TOKENS, BLOCK_T)
+    context_TJ = _context(part_ptr, lse_ptr, h, first_t, T, H, j_J, C, PARTS, PADDED, TOKENS, BLOCK_T)
     out_VT = tl.dot(w_VJ, tl.trans(context_TJ))
     for piece in tl.static_range(1, PIECES):
         j = piece * BLOCK_J
         w_VJ = kv_b.head_rows(
             kv_b_ptr, kv_b_stride, scales_ptr, scales_stride, first, BLOCK_V, V, j, BLOCK_J, C, IN_BLOCK
         )
-        context_TJ = _context(part_ptr, lse_ptr, h, T, H, j + j_J, C, PARTS, PADDED, TOKENS, BLOCK_T)
+        context_TJ = _context(part_ptr, lse_ptr, h, first_t, T, H, j + j_J, C, PARTS, PADDED, TOKENS, BLOCK_T)
         out_VT = tl.dot(w_VJ, tl.trans(context_TJ), out_VT)
     out_TV = tl.trans(out_VT).to(tl.bfloat16)
     v_V = tl.arange(0, BLOCK_V)
-    t_T = tl.arange(0, BLOCK_T)
+    t_T = first_t + tl.arange(0, BLOCK_T)
+    valid_T = (t_T < T) & (t_T < first_t + TOKENS)
     place_TV = (t_T * H * V + h * V)[:, None] + v_V[None, :]
-    mask_TV = (t_T < T)[:, None] & (v_V < V)[None, :]
+    mask_TV = valid_T[:, None] & (v_V < V)[None, :]
     if QUANTISE:
         codes_TV, scale_T = quantise_groups(out_TV.to(tl.float32), UE8M0, FNUZ, INSTRUCTION)
         tl.store(out_ptr + place_TV, codes_TV, mask=mask_TV)
-        tl.store(out_scales_ptr + t_T + h * out_scales_stride, scale_T, mask=t_T < T)
+        tl.store(out_scales_ptr + t_T + h * out_scales_stride, scale_T, mask=valid_T)
     else:
         tl.store(out_ptr + place_TV, out_TV, mask=mask_TV)
 
@@ -99,9 +101,10 @@ def values(
         pointers = out, None, 0
     block_j = columns_of_piece(latent, chip)
     whole = weights.in_block(weights.rows - value, value, block_j)
-    _values[(heads,)](
+    together = power_of_2(cdiv(tokens, max(1, chip.processors // heads)))
+    _values[(heads, cdiv(tokens, together))](
         part, lse_THP, *weights.arguments(chip), *pointers, tokens, heads, weights.rows, value, latent, PARTS=parts,
-        PADDED=power_of_2(parts), TOKENS=power_of_2(tokens), BLOCK_T=_BLOCK_T, BLOCK_V=max(16, power_of_2(value)),
+        PADDED=power_of_2(parts), TOKENS=together, BLOCK_T=_BLOCK_T, BLOCK_V=max(16, power_of_2(value)),
         PIECES=cdiv(latent, block_j), BLOCK_J=block_j, IN_BLOCK=whole, QUANTISE=quantise, UE8M0=ue8m0, FNUZ=chip.fnuz,
         INSTRUCTION=chip.encodes_fp8, PDL=chip.dependent_launch, **options(chip, 8),
     )  # fmt: skip
