@@ -20,6 +20,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
+from .shares import gated_share
 from .sizes import cdiv, even_share, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
 
@@ -154,14 +155,14 @@ def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip) -> Config:
         return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
     if isinstance(stack.gate_up, Int4Weight):
         if tokens == 1:
-            return Config(8, even_share(width, 10 * chip.processors // choices, 16) or 16, 4, 32, 4, 1)
+            return Config(8, even_share(width, 10 * chip.processors // choices, 16) or 16, 6, 32, 4, 1)
         return Config(8, 32, 4, 64, 4, 2) if tokens <= 8 else Config(16 if tokens <= 128 else 32, 64, 4, 128, 6)
     if tokens == 1 and chip.shared_memory < 200 << 10:
         return Config(16, 32, 4, 64, 4)
     if tokens == 1:
-        even_up = even_share(width, 3 * chip.processors // choices, 64)
+        up = gated_share(width, choices, 16, chip) or (32, 4)
         even_down = even_share(hidden, 4 * chip.processors // choices, 128)
-        return Config(16, even_up or 32, 4, even_down or 64, 3 if even_down else 4)
+        return Config(16, *up, even_down or 64, 3 if even_down else 4)
     if tokens <= 128:
         return Config(16, 64, 7, 128, 5)
     return Config(32, 64, 5, 128, 4)

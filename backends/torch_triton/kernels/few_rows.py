@@ -18,6 +18,7 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
+from .shares import gated_share
 from .sizes import cdiv, even_share, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight
 
@@ -79,8 +80,8 @@ def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: 
     """The fastest of sweeps on an H200: as many tiles as run at once, none in a second wave.
 
     Long rows: one program on each processor, with a pipeline so deep that no second one fits beside it: programs that
-    start early go where there is room, and would leave processors idle. Short ones: two with a shallow one; if gated,
-    three. Each with the same number of rows.
+    start early go where there is room, and would leave processors idle. Short ones: two with a shallow one. Each with
+    the same number of rows.
     """
     if int4 and chip.shared_memory >= 160 << 10:
         return _choose_int4(rows, outputs, inputs, gated, chip)
@@ -88,8 +89,9 @@ def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: 
     few = block_m == 16
     deep, shallow = (7, 4) if chip.shared_memory >= 200 << 10 else (3, 3) if chip.shared_memory >= 160 << 10 else (2, 2)
     if gated:
-        even = even_share(outputs, 3 * chip.processors, 64) if shallow == 4 else None
-        return Config(block_m, even or 32, 1, 4, shallow) if few else Config(block_m, 64, 1, 4, deep)
+        even = gated_share(outputs, 1, block_m, chip) if few and shallow == 4 else None
+        share, stages = even or ((32, shallow) if few else (64, deep))
+        return Config(block_m, share, 1, 4, stages)
     if inputs >= 8192:
         splits = max(1, chip.processors // cdiv(outputs, 128))
         return Config(block_m, even_share(outputs, chip.processors // splits, 128) or 128, splits, 4, deep)
