@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspan.backends.torch_triton.cache import FP8_CACHE, to_entries
-from deepspan.backends.torch_triton.kernels import experts, few_rows, mla_decode, quant, rope_cache, router
+from deepspan.backends.torch_triton.kernels import experts, few_rows, mla_decode, norm, quant, rope_cache, router
 from deepspan.backends.torch_triton.kernels.weights import Int4Weight
 from deepspan.models.catalog import load_spec
 from deepspan.scripts.kernel_formats import (
@@ -253,14 +253,14 @@ def small(setting: Setting) -> Iterator[Case]:
     device = setting.device
     spec = load_spec("deepseek_v3")
     weight, bias = random_rows(device, 256, 7168), torch.randn(256, device=device)
-    norm, latent_norm = torch.rand(7168, device=device), torch.rand(LATENT, device=device)
+    hidden_norm, latent_norm = torch.rand(7168, device=device), torch.rand(LATENT, device=device)
     tables = rope_cache.Tables(torch.rand(4096, 32, device=device), torch.rand(4096, 32, device=device))
     for tokens in (1, 8, 64):
         x = random_rows(device, tokens, 7168)
         for parts in (1, 9):
             branch = torch.randn(tokens, parts, 7168, device=device)
             branch = branch.squeeze(1).bfloat16() if parts == 1 else branch
-            add_norm = partial(quant.add_norm_quantise, branch, x, norm, 1e-6)
+            add_norm = partial(norm.add_norm_quantise, branch, x, hidden_norm, 1e-6)
             yield Case(
                 "add_norm_quantise", f"T{tokens} P{parts}", "chosen", branch.nbytes + tokens * 7168 * 5, 0, [add_norm]
             )

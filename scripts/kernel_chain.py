@@ -14,6 +14,7 @@ from deepspan.backends.torch_triton.kernels import (
     experts,
     few_rows,
     mla_decode,
+    norm,
     quant,
     rope_cache,
     router,
@@ -56,10 +57,10 @@ class Step(NamedTuple):
 def run(layer: Layer, step: Step, residual: Tensor, branch: Tensor) -> Tensor:
     """One layer: 13 launches for one token, 14 for several. Returns the experts' partial results, or their sum."""
     tokens = len(residual)
-    first = quant.add_norm_quantise(branch, residual, step.norms[HIDDEN], 1e-6)
+    first = norm.add_norm_quantise(branch, residual, step.norms[HIDDEN], 1e-6)
     assert first.quantised is not None and first.residual is not None
     latents = few_rows.few_rows(first.quantised, layer.down_projections)
-    query = quant.add_norm_quantise(latents[:, :QUERY_LATENT], None, step.norms[QUERY_LATENT], 1e-6).quantised
+    query = norm.add_norm_quantise(latents[:, :QUERY_LATENT], None, step.norms[QUERY_LATENT], 1e-6).quantised
     assert query is not None
     q = few_rows.few_rows(query, layer.q_b).view(tokens, HEADS, 192)
     absorbed = absorb.absorb(
@@ -69,7 +70,7 @@ def run(layer: Layer, step: Step, residual: Tensor, branch: Tensor) -> Tensor:
     context = PAGE * step.blocks.shape[1]
     parts = mla_decode.attend(absorbed, layer.cache, step.blocks, step.lengths, 0.04, LATENT, context)
     attended = few_rows.few_rows(values.values(parts, layer.kv_b, 128, quantise=True), layer.o)
-    second = quant.add_norm_quantise(attended, first.residual, step.norms[HIDDEN], 1e-6, plain=True)
+    second = norm.add_norm_quantise(attended, first.residual, step.norms[HIDDEN], 1e-6, plain=True)
     assert second.quantised is not None and second.plain is not None
     choice = router.choose_experts(second.plain, layer.router, layer.bias, SPEC, step.room, shared=1)
     config = experts.choose(choice.ids, step.stack, quant.chip_of(choice.ids.device))

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...models.sharding import Grid, Position
 
 if TYPE_CHECKING:
-    from .gpu.symmetric import SmallSum
+    from .kernels.peers import Peers
 
 
 class Group:
@@ -33,7 +33,7 @@ class Group:
     round a ring, whose steps cost more than the bytes.
     """
 
-    small_sum: SmallSum | None = None  # GPUs that reach each other's memory add small matrices by it
+    peers: Peers | None = None  # of GPUs that reach each other's memory, for what kernels send each other
 
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, handle: dist.ProcessGroup | None = None):
         self.ranks = ranks
@@ -45,8 +45,6 @@ class Group:
         """The sum of the ranks' ``x``, on every rank. On a GPU, ``x`` itself becomes the sum."""
         if self.size == 1:
             return x
-        if self.small_sum is not None and self.small_sum.takes(x):
-            return self.small_sum(x)
         if x.device.type != "cpu":
             dist.all_reduce(x, group=self.handle)
             return x

@@ -34,7 +34,7 @@ def test_sums_of_two_processes():
     for number, (found, messages) in enumerate(finish(start(0, port), start(1, port))):
         assert found == {"connected": DEVICE.type != "cpu", "right": True}
         if DEVICE.type == "cpu":
-            assert f"note: the library adds small matrices, too: rank {number}: Symm" in messages
+            assert f"note: a library adds small matrices, too: rank {number}: Symm" in messages
 
 
 def test_the_switch_leaves_sums_to_the_library():

@@ -11,6 +11,7 @@ from deepspan.backends.torch_triton.kernels import (
     entries,
     few_rows,
     mla_decode,
+    norm,
     quant,
     rope_cache,
     router,
@@ -34,7 +35,7 @@ def _choose(x, weight, bias, spec, room, shared):
 def put_in_place(monkeypatch):
     monkeypatch.setattr(linear, "few_rows", _product)
     monkeypatch.setattr(linear, "quantise", quant.quantise_eager)
-    monkeypatch.setattr(linear, "add_norm_quantise", quant.add_norm_quantise_eager)
+    monkeypatch.setattr(linear, "add_norm_quantise", norm.add_norm_quantise_eager)
     monkeypatch.setattr(linear, "quantise_rows", quant.quantise_rows_eager)
     monkeypatch.setattr(expert_kernels, "gate_up", _gate_up)
     monkeypatch.setattr(expert_kernels, "down", _down)

@@ -21,7 +21,6 @@ from triton.runtime.jit import JITFunction
 from deepspan.backends.torch_triton.cache import FP8_CACHE
 from deepspan.backends.torch_triton.kernels import (
     absorb,
-    all_reduce,
     best,
     chips,
     combine,
@@ -30,11 +29,14 @@ from deepspan.backends.torch_triton.kernels import (
     entries,
     experts,
     few_rows,
+    gather,
     grouped,
     grouped_hopper,
     int8,
     mla_decode,
+    norm,
     pairs,
+    peers,
     prompt_attention,
     quant,
     rope_cache,
@@ -140,7 +142,7 @@ def launch_quant(chip: chips.Chip) -> None:
         for branch in (empty(tokens, channels), empty(tokens, 9, channels, dtype=torch.float32)):
             for form in (None, "int8", "fp8")[: 2 + chip.fp8_units]:
                 residual = empty(tokens, channels)
-                quant.add_norm_quantise(branch, residual, empty(channels), 1e-6, form is None, form)
+                norm.add_norm_quantise(branch, residual, empty(channels), 1e-6, form is None, form)
     if chip.fp8_units:
         for tokens in (600, 6000):
             quant.quantise(empty(tokens, 4096), gated=True)
@@ -272,16 +274,22 @@ def launch_between_ranks(chip: chips.Chip) -> None:
     for count, dtype in ((1, torch.float32), (9, torch.float32), (9, torch.bfloat16)):
         combine.add_parts(empty(8, count, 7168, dtype=dtype))
     for ranks in (2, 4, 8):
-        addresses, counts = empty(ranks, dtype=torch.int64), empty(all_reduce.BLOCKS, dtype=torch.int32)
-        all_reduce.all_reduce(empty(8, 7168), all_reduce.Peers(1, addresses, counts))
+        counts = empty(2, dtype=torch.int32)
+        group = peers.Peers(1, empty(ranks, dtype=torch.int64), counts, empty(1, dtype=torch.uint8))
+        gather.beside(empty(4, 129280 // ranks, dtype=torch.float32), group)
+        for tokens, form in itertools.product((1, 18), (None, "int8", "fp8")[: 2 + chip.fp8_units]):
+            for branch in (empty(tokens, 7168), empty(tokens, 9, 7168, dtype=torch.float32)):
+                norm.add_norm_quantise(
+                    branch, empty(tokens, 7168), empty(7168), 1e-6, form is None, form, ranks=group
+                )  # fmt: skip
 
 
 def main(name: str) -> None:
     chip = chips.chip_named(name)
     launches = Launches(chip)
     modules = (
-        quant, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache, entries,
-        best, embed, pairs, combine, decoded, all_reduce, values,
+        quant, norm, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache,
+        entries, best, embed, pairs, combine, decoded, gather, values,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip

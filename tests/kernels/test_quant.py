@@ -1,5 +1,4 @@
-"""Activation quantisation and the fused norm, against their eager twins and the neutral definition. Tolerance: none,
-except where a mean over a row is summed in another order (1 BF16 ulp of the norm, so neighbouring codes)."""
+"""Activation quantisation, bit by bit against its eager twins and the neutral definition."""
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ import torch
 from deepspan.backends.torch_triton.kernels import int8, quant
 from deepspan.models.quantise import quantise_activation_fp8, quantise_activation_int8
 from tests.kernels.device import seeded
+from tests.kernels.rows import bits, poisoned
 
 
 def activations(tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -17,19 +17,6 @@ def activations(tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
     x[0, : min(128, channels)] = 0
     x[-1, 1::3] *= 2.0**-9
     return x
-
-
-def poisoned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as a view whose surroundings are NaN: any read past the valid range shows."""
-    wide = torch.full((x.shape[0] + 2, *x.shape[1:-1], x.shape[-1] + 37), torch.nan, dtype=x.dtype)
-    wide[1:-1, ..., 5 : 5 + x.shape[-1]] = x
-    return wide[1:-1, ..., 5 : 5 + x.shape[-1]]
-
-
-def bits(x: torch.Tensor) -> np.ndarray:
-    """Of codes, 0 for -0: a quotient by way of the reciprocal loses the sign of a zero."""
-    codes = x.contiguous().view(torch.uint8)
-    return codes.masked_fill(codes == 0x80, 0).numpy(force=True)
 
 
 @pytest.mark.parametrize("tokens, channels", [(1, 128), (3, 36), (5, 1408), (2, 7168)])
@@ -102,33 +89,3 @@ def test_nan_stays_nan():
     assert values[1, :128].isnan().any()
     assert values[0].isfinite().all()
     assert values[1, 128:].isfinite().all()
-
-
-@pytest.mark.parametrize("form", ["fp8", "int8"])
-@pytest.mark.parametrize("parts", [None, 1, 3])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("tokens, channels", [(1, 7168), (3, 36), (65, 1100)])
-def test_add_norm_quantise_equals_its_twin(tokens, channels, parts, residual, form):
-    shape = (tokens, channels) if parts is None else (tokens, parts, channels)
-    generator = seeded(3)
-    branch = torch.randn(shape, generator=generator).to(torch.float32 if parts == 3 else torch.bfloat16)
-    before = torch.randn(tokens, channels, generator=generator).bfloat16() if residual else None
-    weight = torch.rand(channels, generator=generator) + 0.5
-    got = quant.add_norm_quantise(
-        poisoned(branch), poisoned(before) if residual else None, weight, 1e-6, plain=True, quantise=form
-    )
-    twin = quant.add_norm_quantise_eager(branch, before, weight, 1e-6, plain=True, quantise=form)
-    assert (got.residual is None) == (twin.residual is None)
-    if twin.residual is not None:
-        ulps = (got.residual.view(torch.int16).int() - twin.residual.view(torch.int16).int()).abs()
-        assert ulps.max() <= (1 if parts == 3 else 0)
-    torch.testing.assert_close(got.plain, twin.plain, rtol=2**-7, atol=0 if parts != 3 else 1e-2)
-    own = quant.quantise_eager(got.plain) if form == "fp8" else quant.quantise_rows_eager(got.plain)
-    np.testing.assert_array_equal(bits(got.quantised.codes), bits(own.codes))
-    np.testing.assert_array_equal(got.quantised.scales.numpy(force=True), own.scales.numpy(force=True))
-
-
-def test_partial_outputs_are_left_out():
-    x, weight = torch.randn(2, 256).bfloat16(), torch.ones(256)
-    assert quant.add_norm_quantise(x, None, weight, 1e-6, plain=False)[:2] == (None, None)
-    assert quant.add_norm_quantise(x, None, weight, 1e-6, plain=True, quantise=None).quantised is None

@@ -15,13 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import multiplies_blocks
+from ..kernels import norm
+from ..kernels.combine import add_parts
 from ..kernels.decoded import decoded
 from ..kernels.few_rows import few_rows
 from ..kernels.grouped import one_matrix
 from ..kernels.int8 import quantise_rows
-from ..kernels.quant import GROUP, Codes, Normed, add_norm_quantise, quantise
+from ..kernels.norm import Normed, add_norm_quantise
+from ..kernels.quant import GROUP, Codes, quantise
 from ..kernels.weights import Fp8Weight, Int4Weight, Weight
 from ..layers import gated
+from ..parallel import ALONE, Group
 
 Operand = Codes | Tensor  # activations: quantised or BF16
 MANY_ROWS = 128  # from so many rows on the kernel for few is not the fastest
@@ -174,11 +178,27 @@ class Norm:
         self._form = form
         self._plain = plain or form.codes is None
 
-    def __call__(self, branch: Tensor, residual: Tensor | None = None) -> Normed:
-        """``branch``: [T, K] or parts [T, P, K]. The sum that was normed is the result's ``residual``."""
-        form = self._form
-        normed = add_norm_quantise(branch, residual, self._weight, self._eps, self._plain, form.codes, form.ue8m0)
+    def __call__(self, branch: Tensor, residual: Tensor | None = None, ranks: Group = ALONE.tp) -> Normed:
+        """``branch``: [T, K] or parts [T, P, K], and of several ``ranks`` each one's share of it.
+
+        The sum that was normed is the result's ``residual``.
+        """
+        form, peers = self._form, ranks.peers
+        if peers is not None and not norm.takes(branch, peers):
+            peers = None
+        if peers is None:
+            branch = ranks_total(branch, ranks)
+        normed = add_norm_quantise(
+            branch, residual, self._weight, self._eps, self._plain, form.codes, form.ue8m0, peers
+        )  # fmt: skip
         return normed if normed.residual is not None else normed._replace(residual=branch)
+
+
+def ranks_total(branch: Tensor, ranks: Group) -> Tensor:
+    """``branch``, or of several ranks BF16 [T, K], the sum of theirs: parts are added before they travel."""
+    if ranks.size == 1:
+        return branch
+    return ranks.total(add_parts(branch) if branch.dim() == 3 else branch.bfloat16().contiguous())
 
 
 def operand(normed: Normed) -> Operand:

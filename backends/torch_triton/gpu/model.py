@@ -1,7 +1,7 @@
 """The forward pass on a GPU: as few launches as the kernels allow, none of which asks the host anything.
 
 A block's sublayer returns what is to be added to the residual stream (its "branch"); the next norm adds it, in FP32,
-and rounds the sum to BF16 once. Branches of experts come in parts.
+and rounds the sum to BF16 once. Branches of experts come in parts, and each tensor-parallel rank has its share.
 
 Shape letters: T tokens, O outputs, P parts, D hidden, V vocabulary, L layers, C cache blocks, Z slots of one,
 E cache entry.
@@ -17,32 +17,39 @@ from torch import Tensor
 
 from ....models.rope import rope_tables
 from ....models.sharding import stage_layers
+from ..kernels import gather
 from ..kernels.combine import add_parts
 from ..kernels.embed import embed
-from ..kernels.quant import Normed
+from ..kernels.norm import Normed
 from ..kernels.rope_cache import Tables
 from ..kernels.router import Choice, Scratch, choose_experts, scratch
 from ..layers import product_f32
+from ..parallel import ALONE, Group
 from .attention import Attention
 from .inputs import Step
-from .linear import Form, operand
+from .linear import Form, operand, ranks_total
 from .loader import Loader
 from .source import DeviceTensors
 
 
 class Stream(NamedTuple):
-    """The residual stream, and a branch that has not been added to it yet; there is no residual before the first."""
+    """The residual stream, and a branch that has not been added to it yet; there is no residual before the first.
+
+    What `linear.Norm` takes. ``ranks``: those whose branches are to be added; one has all of it.
+    """
 
     branch: Tensor  # [T, D] or [T, P, D]
-    residual_TD: Tensor | None
+    residual_TD: Tensor | None = None
+    ranks: Group = ALONE.tp
 
     def sum(self) -> Tensor:
         """BF16 [T, D], as the next norm takes it."""
-        branch_TD = _one_part(self.branch)
+        branch_TD = _one_part(ranks_total(self.branch, self.ranks))
         return branch_TD.bfloat16() if self.residual_TD is None else (self.residual_TD + branch_TD.float()).bfloat16()
 
     def rows(self, rows_O: Tensor) -> Stream:
-        return Stream(self.branch[rows_O], None if self.residual_TD is None else self.residual_TD[rows_O])
+        residual_OD = None if self.residual_TD is None else self.residual_TD[rows_O]
+        return self._replace(branch=self.branch[rows_O], residual_TD=residual_OD)
 
 
 class Model:
@@ -71,19 +78,19 @@ class Model:
 
     def hidden(self, step: Step) -> Stream:
         """The stream after this stage's layers; the next stage is given its sum."""
-        stream = Stream(self._first(step), None)
+        stream = self._first(step)
         for block, cache_CZE in zip(self._blocks, self.cache_LCZE, strict=False):
             stream = block(stream, step, cache_CZE)
         if not self.is_last_stage:
             self._stages.send_on(stream.sum())
         return stream
 
-    def _first(self, step: Step) -> Tensor:
+    def _first(self, step: Step) -> Stream:
         """What this stage begins with: the embedded tokens, or what the stage before sends."""
         if self._embedding is not None:
             return self._embedding(step.token_ids_T, self.last_O)
         shape = len(step.token_ids_T), self._spec.hidden_size
-        return self._stages.receive(torch.empty(shape, dtype=torch.bfloat16, device=self._device))
+        return Stream(self._stages.receive(torch.empty(shape, dtype=torch.bfloat16, device=self._device)))
 
     def logits(self, stream: Stream) -> Tensor:
         """float32 [T, V]; asked of the last stage only."""
@@ -107,8 +114,8 @@ class Model:
         normed = self._head.norm(*stream)
         hidden_TD = _plain(normed) if self._spec.mtp_hidden == "post_norm" else normed.residual
         assert hidden_TD is not None, "a norm returns the sum"
-        next_TD = self._mtp.embedding(next_ids_T, self.last_O)
-        return self._mtp(hidden_TD, next_TD, rows_O, step, self.cache_LCZE[len(self._blocks)])
+        following = self._mtp.embedding(next_ids_T, self.last_O)
+        return self._mtp(hidden_TD, following, rows_O, step, self.cache_LCZE[len(self._blocks)])
 
 
 class Embedding:
@@ -119,9 +126,9 @@ class Embedding:
         self._first = source.first_row(name)
         self._rows_ND = source.plain(name)
 
-    def __call__(self, token_ids_T: Tensor, last_O: Tensor) -> Tensor:
-        """BF16 [T, D]; see `kernels.embed`."""
-        return self._ranks.total(embed(token_ids_T, last_O, self._rows_ND, self._first))
+    def __call__(self, token_ids_T: Tensor, last_O: Tensor) -> Stream:
+        """See `kernels.embed`."""
+        return Stream(embed(token_ids_T, last_O, self._rows_ND, self._first), ranks=self._ranks)
 
 
 class Head:
@@ -134,11 +141,14 @@ class Head:
 
     def __call__(self, stream: Stream) -> Tensor:
         """float32 [T, V]."""
-        return self._ranks.beside(product_f32(_plain(self.norm(*stream)), self._table_ND))
+        logits_TV, peers = product_f32(_plain(self.norm(*stream)), self._table_ND), self._ranks.peers
+        if peers is not None and gather.takes(logits_TV, peers):
+            return gather.beside(logits_TV, peers)
+        return self._ranks.beside(logits_TV)
 
 
 class Block:
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); both are summed over the tensor-parallel ranks."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, loader: Loader, layer: int, rope: Tables, room: Scratch):
         self._ranks = loader.source.mesh.tp
@@ -152,16 +162,9 @@ class Block:
 
     def __call__(self, stream: Stream, step: Step, cache_CZE: Tensor) -> Stream:
         normed = self._input_norm(*stream)
-        branch_TD = self._total(self._attention(operand(normed), step, cache_CZE))
-        normed = self._mlp_norm(branch_TD, normed.residual)
-        return Stream(self._total(self.mlp(normed)), normed.residual)
-
-    def _total(self, branch: Tensor) -> Tensor:
-        """Parts are added before they travel: [T, D] in BF16 and not [T, P, D]."""
-        if self._ranks.size == 1:
-            return branch
-        branch_TD = add_parts(branch) if branch.dim() == 3 else branch.bfloat16().contiguous()
-        return self._ranks.total(branch_TD)
+        branch_TD = self._attention(operand(normed), step, cache_CZE)
+        normed = self._mlp_norm(branch_TD, normed.residual, self._ranks)
+        return Stream(self.mlp(normed), normed.residual, self._ranks)
 
 
 class SwiGLU:
@@ -248,11 +251,11 @@ class MTP:
         self._block = Block(loader, spec.num_hidden_layers, rope, room)
         self._head = Head(loader, f"{prefix}.shared_head.norm.weight", f"{prefix}.shared_head.head.weight")
 
-    def __call__(self, hidden_TD: Tensor, next_TD: Tensor, rows_O: Tensor, step: Step, cache_CZE: Tensor) -> Tensor:
-        """``next_TD``: the embedded next tokens."""
-        normed = self._embedding_norm(next_TD), self._hidden_norm(hidden_TD)
+    def __call__(self, hidden_TD: Tensor, following: Stream, rows_O: Tensor, step: Step, cache_CZE: Tensor) -> Tensor:
+        """``following``: the embedded next tokens."""
+        normed = self._embedding_norm(*following), self._hidden_norm(hidden_TD)
         joined = torch.cat([_plain(part) for part in normed], dim=1)
-        stream = self._block(Stream(F.linear(joined, self._projection), None), step, cache_CZE)
+        stream = self._block(Stream(F.linear(joined, self._projection)), step, cache_CZE)
         return self._head(stream.rows(rows_O))
 
 

@@ -1,0 +1,88 @@
+"""What ranks send each other: a rank beside peers that have come already, and on a GPU all ranks at once."""
+
+import pytest
+import torch
+
+from deepspan.backends.torch_triton.kernels import gather, norm
+from deepspan.models.errors import DeepspanError
+from tests.kernels.device import DEVICE
+from tests.kernels.ranks import RANKS, Ranks, parts_of, total
+from tests.kernels.rows import poisoned
+
+SHAPES = [(1, 7168), (3, 40), (1, gather.BLOCK_V), (2, 4098), (40, 7168)]
+on_a_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="ranks that wait for each other need a GPU")
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (3, 41), (2, gather.BLOCK_V)])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_columns_of_ranks_beside_each_other(rank, shape):
+    ranks = Ranks()
+    for launch in (1, 2, 3):
+        x_R = parts_of(shape, launch, torch.float32)
+        words_R = [x.view(torch.int32).flatten() for x in x_R]
+        ranks.have_sent(launch, words_R, rank)
+        got = gather.beside(poisoned(x_R[rank]), ranks.peers[rank])
+        assert torch.equal(got, torch.cat(x_R, dim=1))
+        ranks.assert_sent(launch, rank, words_R[rank])
+
+
+def test_what_has_no_room_is_one_clear_error():
+    peers = Ranks().peers[0]
+    assert gather.takes(torch.empty(5, 32320, device="meta"), peers)
+    with pytest.raises(DeepspanError, match=r"\(6, 32320\) of torch.float32 for 4 ranks: kernel beside"):
+        gather.beside(torch.zeros(6, 32320), peers)
+    with pytest.raises(DeepspanError, match="of torch.bfloat16 for 4 ranks: kernel beside"):
+        gather.beside(torch.zeros(1, 8).bfloat16(), peers)
+
+
+def at_once(act) -> None:
+    """What every rank does, on streams of their own."""
+    torch.cuda.synchronize()
+    for rank in range(RANKS):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            act(rank)
+    torch.cuda.synchronize()
+
+
+def sum_of(x: torch.Tensor, peers) -> torch.Tensor:
+    weight = torch.ones(x.shape[1], device=x.device)
+    return norm.add_norm_quantise(x, None, weight, 1e-6, plain=True, quantise=None, ranks=peers).residual
+
+
+@on_a_gpu
+def test_ranks_at_once():
+    """Sums of different sizes and gathered columns one after the other, without a rest between them."""
+    ranks = Ranks()
+    cases = [parts_of(SHAPES[i % len(SHAPES)], i) for i in range(50)]
+    sums, joined = [[None] * RANKS for _ in cases], [[None] * RANKS for _ in cases]
+
+    def act(rank):
+        for number, x_R in enumerate(cases):
+            sums[number][rank] = sum_of(x_R[rank], ranks.peers[rank])
+            if x_R[rank].numel() < 10000:
+                joined[number][rank] = gather.beside(x_R[rank].float(), ranks.peers[rank])
+
+    at_once(act)
+    for x_R, sum_R, joined_R in zip(cases, sums, joined, strict=True):
+        assert all(torch.equal(got, total(x_R)) for got in sum_R)
+        assert all(got is None or torch.equal(got, torch.cat(x_R, 1).float()) for got in joined_R)
+
+
+@on_a_gpu
+def test_recorded_sums_are_replayed():
+    ranks = Ranks()
+    x_R = parts_of((2, 7168), 0)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(RANKS)]
+    at_once(lambda rank: sum_of(x_R[rank], ranks.peers[rank]))  # compiled before it is recorded
+    for rank, graph in enumerate(graphs):
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                x_R[rank].copy_(sum_of(x_R[rank], ranks.peers[rank]))
+    for seed in range(5):
+        wanted_R = parts_of((2, 7168), seed)
+        for x, part in zip(x_R, wanted_R, strict=True):
+            x.copy_(part)
+        for _ in range(3):
+            wanted_R = [total(wanted_R)] * RANKS
+        at_once(lambda rank: graphs[rank].replay())
+        assert all(torch.equal(x, wanted) for x, wanted in zip(x_R, wanted_R, strict=True))
