@@ -33,6 +33,7 @@ from deepspan.backends.torch_triton.kernels import (
     grouped,
     grouped_hopper,
     int8,
+    logits,
     mla_decode,
     norm,
     pairs,
@@ -267,6 +268,8 @@ def launch_prompts(chip: chips.Chip) -> None:
 
 def launch_tokens(chip: chips.Chip) -> None:
     best.best(empty(8, 129280, dtype=torch.float32))
+    for rows, ranks in itertools.product((1, 64), (1, 2, 8)):
+        logits.logits(empty(rows, 7168), empty(129280 // ranks, 7168))
     embed.embed(empty(8, dtype=torch.int32), empty(8, dtype=torch.int32), empty(129280, 7168))
 
 
@@ -289,7 +292,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     modules = (
         quant, norm, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache,
-        entries, best, embed, pairs, combine, decoded, gather, values,
+        entries, best, logits, embed, pairs, combine, decoded, gather, values,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip

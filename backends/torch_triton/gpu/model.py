@@ -20,6 +20,7 @@ from ....models.sharding import stage_layers
 from ..kernels import gather
 from ..kernels.combine import add_parts
 from ..kernels.embed import embed
+from ..kernels.logits import FEW_ROWS, logits
 from ..kernels.norm import Normed
 from ..kernels.rope_cache import Tables
 from ..kernels.router import Choice, Scratch, choose_experts, scratch
@@ -141,7 +142,9 @@ class Head:
 
     def __call__(self, stream: Stream) -> Tensor:
         """float32 [T, V]."""
-        logits_TV, peers = product_f32(_plain(self.norm(*stream)), self._table_ND), self._ranks.peers
+        x_TD = _plain(self.norm(*stream))
+        product = logits if len(x_TD) <= FEW_ROWS and self._table_ND.dtype == x_TD.dtype else product_f32
+        logits_TV, peers = product(x_TD, self._table_ND), self._ranks.peers
         if peers is not None and gather.takes(logits_TV, peers):
             return gather.beside(logits_TV, peers)
         return self._ranks.beside(logits_TV)
