@@ -2,6 +2,9 @@
 
 A recorded step is replayed under PyTorch's profiler. With dependent launches kernels overlap: what a kernel adds to the
 step is the time from the end of those ahead to its own end: the column that sums up to the step.
+
+Of several GPUs, rank 0's: `torchrun --nproc-per-node 2 scripts/step_timeline.py v3_slice_fp8 --set parallel.tp=2
+--set launch.launcher=torchrun --set launch.procs_per_node=2`. What ranks send each other is counted with its waits.
 """
 
 from __future__ import annotations
