@@ -5,7 +5,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FOLDERS := backends configs convert models scripts serving
 
-.PHONY: demo test test-launch test-mindspore lint links bench clean
+# A build of torch brings the Triton that it is made for; this is another than the suite's.
+TRITON ?= 3.9.0
+CHIPS  := sm_80 sm_90 sm_100 gfx942 gfx950
+
+.PHONY: demo test test-launch test-mindspore test-triton lint links bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/deepspan demo
@@ -22,6 +26,11 @@ test-launch: $(VENV)/.dev
 test-mindspore: $(VENV)/.mindspore
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends_mindspore tests/contract tests/cli/test_machine.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch tests/backends_mindspore
+
+# Whether all kernels compile with another Triton, for every chip: some minutes, no GPU.
+test-triton: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton triton==$(TRITON)
+	for chip in $(CHIPS); do PYTHONPATH=build/triton:. $(BIN)/python tests/kernels/compile_for.py $$chip || exit; done
 
 lint: $(VENV)/.dev links
 	$(BIN)/ruff check .

@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -50,10 +49,10 @@ _silu_product = gluon.jit(tiles.silu_product.fn)
 @gluon.jit
 def _copy_weights(w_desc, w_row, up_row, k, ready, w, GATED: gl.constexpr):
     if GATED:
-        tma.async_copy_global_to_shared(w_desc, [w_row, k], ready, w.slice(0, _HALF))
-        tma.async_copy_global_to_shared(w_desc, [up_row, k], ready, w.slice(_HALF, _HALF))
+        hopper.copy_tile(w_desc, [w_row, k], ready, w.slice(0, _HALF))
+        hopper.copy_tile(w_desc, [up_row, k], ready, w.slice(_HALF, _HALF))
     else:
-        tma.async_copy_global_to_shared(w_desc, [w_row, k], ready, w)
+        hopper.copy_tile(w_desc, [w_row, k], ready, w)
 
 
 @gluon.jit
@@ -78,7 +77,7 @@ def _copy_ahead(
                     mbarrier.expect(ready, (_TILE + number * _ROWS) * _TILE, pred=groups == number)
                 for group in gl.static_range(_GROUPS):
                     at, room = [start + group * _ROWS, block * _TILE], x_ring.index(stage * _GROUPS + group)
-                    tma.async_copy_global_to_shared(x_desc, at, ready, room, pred=group < groups)
+                    hopper.copy_tile(x_desc, at, ready, room, pred=group < groups)
                 _copy_weights(w_desc, w_row, w_row + N // 2, block * _TILE, ready, w_ring.index(stage), GATED)
                 count += 1
 

@@ -21,7 +21,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -82,9 +81,9 @@ def _copy_half(buffers, barriers, descriptors, token, phase, TILE: gl.constexpr,
     ready = filled.index(2 * TILE + HALF)
     mbarrier.wait(emptied.index(2 * TILE + HALF), phase)
     mbarrier.expect(ready, _HALF_BYTES if TILE == HALF else _HALF_BYTES + _ROPE_BYTES)
-    tma.async_copy_global_to_shared(k_desc, [token, HALF * _HALF], ready, k.index(2 * TILE + HALF))
+    hopper.copy_tile(k_desc, [token, HALF * _HALF], ready, k.index(2 * TILE + HALF))
     if TILE != HALF:
-        tma.async_copy_global_to_shared(k_rope_desc, [token, _LATENT], ready, k_rope.index(TILE))
+        hopper.copy_tile(k_rope_desc, [token, _LATENT], ready, k_rope.index(TILE))
 
 
 @gluon.jit
@@ -95,9 +94,9 @@ def _copy_ahead(buffers, barriers, descriptors, part, table_ptr, table_stride, Q
     start, end, _ = part
     row = gl.program_id(2) * QH + gl.program_id(0) * _TILE  # past a sequence's rows are others', or zeros: not stored
     mbarrier.expect(q_filled, 2 * _HALF_BYTES + _ROPE_BYTES)
-    tma.async_copy_global_to_shared(q_desc, [row, 0], q_filled, q.index(0))
-    tma.async_copy_global_to_shared(q_desc, [row, _HALF], q_filled, q.index(1))
-    tma.async_copy_global_to_shared(q_rope_desc, [row, _LATENT], q_filled, q_rope.index(0))
+    hopper.copy_tile(q_desc, [row, 0], q_filled, q.index(0))
+    hopper.copy_tile(q_desc, [row, _HALF], q_filled, q.index(1))
+    hopper.copy_tile(q_rope_desc, [row, _LATENT], q_filled, q_rope.index(0))
     table_ptr += gl.program_id(2) * table_stride
     phase = 1
     for first in range(start, end, 2 * _TILE):

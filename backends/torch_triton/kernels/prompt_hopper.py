@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -86,20 +85,20 @@ def _copy_ahead(buffers, barriers, q_desc, kv_desc, rope_desc, tile_ptr, U, H, G
                 ready = k_filled.index(stage)
                 mbarrier.wait(k_emptied.index(stage), phase)
                 mbarrier.expect(ready, _KEYS * (_NOPE + _ROPE) * 2)
-                tma.async_copy_global_to_shared(kv_desc, [s, kv_column], ready, k.index(stage))
-                tma.async_copy_global_to_shared(rope_desc, [s, 0], ready, k_rope.index(stage))
+                hopper.copy_tile(kv_desc, [s, kv_column], ready, k.index(stage))
+                hopper.copy_tile(rope_desc, [s, 0], ready, k_rope.index(stage))
                 if s == start:
                     for group in gl.static_range(2):
                         at = row + group * _QUERIES  # past a tile's queries are others', or zeros: not stored
                         ready = q_filled.index(group)
                         mbarrier.wait(q_emptied.index(group), q_phase)
                         mbarrier.expect(ready, _QUERIES * (_NOPE + _ROPE) * 2)
-                        tma.async_copy_global_to_shared(q_desc[0], [at, q_column], ready, q.index(group))
-                        tma.async_copy_global_to_shared(q_desc[1], [at, q_column + _NOPE], ready, q_rope.index(group))
+                        hopper.copy_tile(q_desc[0], [at, q_column], ready, q.index(group))
+                        hopper.copy_tile(q_desc[1], [at, q_column + _NOPE], ready, q_rope.index(group))
                 ready = v_filled.index(stage)
                 mbarrier.wait(v_emptied.index(stage), phase)
                 mbarrier.expect(ready, _KEYS * _VALUE * 2)
-                tma.async_copy_global_to_shared(kv_desc, [s, kv_column + _NOPE], ready, v.index(stage))
+                hopper.copy_tile(kv_desc, [s, kv_column + _NOPE], ready, v.index(stage))
                 count += 1
             q_phase ^= 1
 
