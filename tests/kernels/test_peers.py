@@ -26,6 +26,16 @@ def test_columns_of_ranks_beside_each_other(rank, shape):
         ranks.assert_sent(launch, rank, words_R[rank])
 
 
+def test_no_launch_has_the_number_that_fresh_memory_holds():
+    ranks = Ranks()
+    ranks.peers[0].counts[0] = -1
+    x_R = parts_of((1, 40), 0, torch.float32)
+    words_R = [x.view(torch.int32).flatten() for x in x_R]
+    ranks.have_sent(2, words_R, 0)
+    assert torch.equal(gather.beside(x_R[0], ranks.peers[0]), torch.cat(x_R, dim=1))
+    ranks.assert_sent(2, 0, words_R[0])
+
+
 def test_what_has_no_room_is_one_clear_error():
     peers = Ranks().peers[0]
     assert gather.takes(torch.empty(5, 32320, device="meta"), peers)

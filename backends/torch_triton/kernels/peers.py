@@ -54,8 +54,12 @@ def addresses(address_ptr, RANKS: tl.constexpr):
 
 @triton.jit
 def launch_number(counts_ptr):
-    """From 1 on. May be asked before waiting for the kernel ahead: two launches that send never follow each other."""
-    return tl.atomic_add(counts_ptr, 0, sem="relaxed") + 1
+    """From 1 on. May be asked before waiting for the kernel ahead: two launches that send never follow each other.
+
+    After 2^32 of them, 0 and 1 are left out: 0 is what fresh memory holds, and rooms go on taking turns.
+    """
+    launches = tl.atomic_add(counts_ptr, 0, sem="relaxed")
+    return tl.where(launches == -1, 2, launches + 1)
 
 
 @triton.jit
