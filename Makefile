@@ -27,7 +27,7 @@ test-mindspore: $(VENV)/.mindspore
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends_mindspore tests/contract tests/cli/test_machine.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch tests/backends_mindspore
 
-# Whether all kernels compile with another Triton, for every chip: some minutes, no GPU.
+# Whether all kernels compile with another Triton, for every chip: a quarter of an hour, no GPU.
 test-triton: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton triton==$(TRITON)
 	for chip in $(CHIPS); do PYTHONPATH=build/triton:. $(BIN)/python tests/kernels/compile_for.py $$chip || exit; done
