@@ -20,8 +20,8 @@ import triton.language as tl
 from . import pdl, tiles
 from .chips import Chip, check, chip_of, counters, options
 from .quant import GROUP, Codes, dequantise
-from .shares import gated_share
-from .sizes import cdiv, even_share, power_of_2
+from .shares import even_share, gated_share
+from .sizes import cdiv, power_of_2
 from .weights import Int4Weight, Weight, arguments, check_weight, dequantise_weight, matrix_of
 
 

@@ -8,6 +8,12 @@ from .sizes import cdiv, power_of_2
 _MOST_STAGES = 9
 
 
+def even_share(number: int, among: int, most: int) -> int | None:
+    """What each of ``among`` gets of ``number``, if it is over half of ``most`` and not more than that."""
+    share = cdiv(number, max(1, among))
+    return share if most // 2 < share <= most else None
+
+
 def gated_share(width: int, matrices: int, block_m: int, chip: Chip) -> tuple[int, int] | None:
     """Rows and stages of a tile of gate and of up, for matrices of ``width`` each; None where nothing is even.
 

@@ -9,9 +9,3 @@ def cdiv(number: int, by: int) -> int:
 def power_of_2(number: int) -> int:
     """The least power of two that is not below ``number``, which is at least 1."""
     return 1 << (number - 1).bit_length()
-
-
-def even_share(number: int, among: int, most: int) -> int | None:
-    """What each of ``among`` gets of ``number``, if it is over half of ``most`` and not more than that."""
-    share = cdiv(number, max(1, among))
-    return share if most // 2 < share <= most else None
