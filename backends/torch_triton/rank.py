@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from ...configs.schema import RunConfig
 from ...models.errors import InputError
 from ...models.sharding import Grid
+from .control import Control, connect
 from .device import choose_device, collectives
 from .parallel import ALONE, Mesh, make_mesh
-
-_PATIENCE = timedelta(days=365)  # between two steps lies whatever a user does
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class TorchRank:
 
     mesh: Mesh = ALONE
     local_ranks: int = 1
-    _control: dist.ProcessGroup | None = None  # of all ranks, for what the hosts tell each other
+    _control: Control | None = None
 
     @property
     def rank(self) -> int:
@@ -38,24 +37,23 @@ class TorchRank:
         return self.mesh.grid.world_size
 
     def broadcast(self, array: NDArray) -> NDArray:
-        if self.world_size == 1:
+        if self._control is None:
             return array
         content = np.array(array, order="C")
-        words = torch.from_numpy(content.reshape(-1).view(np.uint8))
-        dist.broadcast(words, 0, group=self._control)
+        self._control.broadcast(content.reshape(-1).view(np.uint8))
         return content
 
     def least(self, value: int) -> int:
         """The smallest of the ranks' values."""
-        if self.world_size == 1:
+        if self._control is None:
             return value
         number = torch.tensor(value)
-        dist.all_reduce(number, dist.ReduceOp.MIN, group=self._control)
+        dist.all_reduce(number, dist.ReduceOp.MIN, group=self._control.every)
         return int(number)
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier(group=self._control)
+        if self._control is not None:
+            dist.barrier(group=self._control.every)
 
 
 def join(run: RunConfig) -> TorchRank:
@@ -76,8 +74,8 @@ def join(run: RunConfig) -> TorchRank:
     if not dist.is_initialized():
         dist.init_process_group(collectives(choose_device(run)), timeout=timeout)
         atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
-    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return TorchRank(make_mesh(grid, timeout), int(os.environ["LOCAL_WORLD_SIZE"]), control)
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    return TorchRank(make_mesh(grid, timeout), local_ranks, connect(local_ranks))
 
 
 def _started_ranks() -> int:
