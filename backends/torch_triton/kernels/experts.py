@@ -163,9 +163,10 @@ def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip) -> Config:
         up = gated_share(width, choices, 16, chip) or (32, 4)
         even_down = even_share(hidden, 4 * chip.processors // choices, 128)
         return Config(16, *up, even_down or 64, 3 if even_down else 4)
-    if tokens <= 128:
-        return Config(16, 64, 7, 128, 5)
-    return Config(32, 64, 5, 128, 4)
+    block_m, up_stages, down_stages = (16, 7, 5) if tokens <= 128 else (32, 5, 4)
+    if width < 1024:  # a pipeline of few steps is not worth the room of another program
+        down_stages = 2 if tokens <= 32 else 3
+    return Config(block_m, 64, up_stages, 128, down_stages)
 
 
 def gate_up(

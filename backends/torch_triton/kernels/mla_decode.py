@@ -199,7 +199,7 @@ def choose(
     short = None if fp8 else choose_short(batch, rows, longest, chip)
     if short is not None:
         return short
-    if rows > 32 and mla_hopper.takes(q_THX, cache, latent, chip):
+    if rows > 16 and mla_hopper.takes(q_THX, cache, latent, chip):
         return HOPPER
     table = FP8_TABLE if fp8 and chip.name in FP8_TABLE else TABLE
     few, more, many = table.get(chip.name, TABLE[""])
