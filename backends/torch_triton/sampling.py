@@ -21,10 +21,11 @@ def hash_u32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def gumbel_noise(seed_O: Tensor, position_O: Tensor, vocab_size: int) -> Tensor:
-    """float32 [O, V]; ``seed_O`` and ``position_O`` are int64."""
+def gumbel_noise(seed_O: Tensor, position_O: Tensor, tokens: range) -> Tensor:
+    """float32 [O, tokens]; ``seed_O`` and ``position_O`` are int64."""
     row_O = hash_u32(hash_u32(seed_O) ^ position_O)
-    bits_OV = hash_u32(row_O[:, None] ^ hash_u32(torch.arange(vocab_size, device=seed_O.device))[None]) >> 9
+    token_V = torch.arange(tokens.start, tokens.stop, device=seed_O.device)
+    bits_OV = hash_u32(row_O[:, None] ^ hash_u32(token_V)[None]) >> 9
     return -torch.log(-torch.log((bits_OV.float() + 0.5) * 2.0**-23))
 
 
@@ -53,6 +54,6 @@ def sample(
         limited = ((top_k_O[drawn] > 0) | (top_p_O[drawn] < 1)).nonzero()[:, 0]
         if len(limited):
             scaled[limited] = filtered(scaled[limited], top_k_O[drawn][limited], top_p_O[drawn][limited])
-        noise = gumbel_noise(seed_O[drawn], position_O[drawn], logits_OV.shape[1])
+        noise = gumbel_noise(seed_O[drawn], position_O[drawn], range(logits_OV.shape[1]))
         token_O[drawn] = (scaled + noise).argmax(dim=1)
     return token_O

@@ -126,7 +126,7 @@ def test_noise_is_made_of_the_same_integers():
     np.testing.assert_array_equal(hashed.numpy(), hash_u32(words))
     seeds, positions = words[:40], np.arange(40, dtype=np.int32) * 1000
     noise = torch_sampling.gumbel_noise(
-        torch.from_numpy(seeds.astype(np.int64)), torch.from_numpy(positions.astype(np.int64)), 300
+        torch.from_numpy(seeds.astype(np.int64)), torch.from_numpy(positions.astype(np.int64)), range(300)
     )
     np.testing.assert_allclose(noise.numpy(), gumbel_noise(seeds, positions, 300), rtol=1e-5, atol=1e-6)
 

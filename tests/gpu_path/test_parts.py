@@ -8,6 +8,7 @@ from deepspan.backends.base import Sampling
 from deepspan.backends.torch_triton.gpu import graphs, room
 from deepspan.backends.torch_triton.gpu.formats import Fp8Format
 from deepspan.backends.torch_triton.gpu.inputs import SamplingNumbers
+from deepspan.backends.torch_triton.gpu.logits import Logits
 from deepspan.backends.torch_triton.gpu.matrices import pad_fp8, quantise_blocks
 from deepspan.backends.torch_triton.gpu.sampling import Draw, draw, draw_of
 from deepspan.backends.torch_triton.gpu.source import DrawnTensors, StoredTensors
@@ -90,7 +91,7 @@ def test_sampled_tokens_equal_the_definition():
         numbers = chosen.temperature_B, chosen.top_k_B, chosen.top_p_B
         wanted = sample(logits, position, *numbers, chosen.seed_B)
         tensors = map(torch.from_numpy, (position, *numbers, chosen.seed_B.view(np.int32)))
-        got = draw(torch.from_numpy(logits), SamplingNumbers(*tensors), how)
+        got = draw(Logits(torch.from_numpy(logits)), SamplingNumbers(*tensors), how)
         np.testing.assert_array_equal(got.numpy(), wanted)
     greedy = Sampling(0 * sampling.temperature_B, sampling.top_k_B, sampling.top_p_B, sampling.seed_B)
     assert draw_of(greedy) is Draw.GREEDY

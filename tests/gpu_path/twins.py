@@ -5,7 +5,7 @@ Attention of prompts stays a kernel: its roundings would tip codes of what follo
 
 import torch
 
-from deepspan.backends.torch_triton.gpu import attention, linear, model, sampling
+from deepspan.backends.torch_triton.gpu import attention, linear, logits, model
 from deepspan.backends.torch_triton.kernels import (
     absorb,
     entries,
@@ -45,7 +45,7 @@ def put_in_place(monkeypatch):
     monkeypatch.setattr(attention, "rope_cache", rope_cache.rope_cache_eager)
     monkeypatch.setattr(attention, "read_entries", entries.read_entries_eager)
     monkeypatch.setattr(model, "choose_experts", _choose)
-    monkeypatch.setattr(sampling, "best", lambda logits: logits.argmax(dim=1).int())
+    monkeypatch.setattr(logits, "best", _best)
 
 
 def _gate_up(x, ids, stack, tiles, config):
@@ -55,3 +55,13 @@ def _gate_up(x, ids, stack, tiles, config):
 def _down(h, ids, weights, stack, tiles, foreign, config):
     assert not foreign
     return expert_kernels.down_eager(h, ids, weights, stack).to(torch.float32)
+
+
+def _best(logits, out, copies, ranks):
+    assert ranks is None
+    found = logits.argmax(dim=1).int()
+    if out is not None:
+        out.copy_(found)
+    if copies is not None:
+        copies.token_ids_WO[int(copies.turn)] = found
+    return found

@@ -268,6 +268,8 @@ def launch_prompts(chip: chips.Chip) -> None:
 
 def launch_tokens(chip: chips.Chip) -> None:
     best.best(empty(8, 129280, dtype=torch.float32))
+    copies = best.Copies(empty(2, 8, dtype=torch.int32), empty(1, dtype=torch.int32))
+    best.best(empty(8, 129280, dtype=torch.float32), empty(8, dtype=torch.int32), copies)
     for rows, ranks in itertools.product((1, 64), (1, 2, 8)):
         logits.logits(empty(rows, 7168), empty(129280 // ranks, 7168))
     embed.embed(empty(8, dtype=torch.int32), empty(8, dtype=torch.int32), empty(129280, 7168))
@@ -280,7 +282,8 @@ def launch_between_ranks(chip: chips.Chip) -> None:
         counts = empty(2, dtype=torch.int32)
         group = peers.Peers(1, empty(ranks, dtype=torch.int64), counts, empty(1, dtype=torch.uint8))
         gather.beside(empty(4, 129280 // ranks, dtype=torch.float32), group)
-        for tokens, form in itertools.product((1, 18), (None, "int8", "fp8")[: 2 + chip.fp8_units]):
+        best.best(empty(4, 129280 // ranks, dtype=torch.float32), ranks=group)
+        for tokens, form in itertools.product((1, 18, 128), (None, "int8", "fp8")[: 2 + chip.fp8_units]):
             for branch in (empty(tokens, 7168), empty(tokens, 9, 7168, dtype=torch.float32)):
                 norm.add_norm_quantise(
                     branch, empty(tokens, 7168), empty(7168), 1e-6, form is None, form, ranks=group

@@ -8,6 +8,13 @@ from tests.kernels.device import seeded
 RANKS = 4
 
 
+class TwoSteps(Peers):
+    """Adds few rows as it does many."""
+
+    def takes(self, words: int) -> bool:
+        return False
+
+
 class Ranks:
     """``rooms``: int32 [ranks that have them, 2 rooms, ranks that send, ROOM, data and launch]."""
 

@@ -110,7 +110,7 @@ def test_hopper_has_a_kernel_for_many_rows_of_contiguous_bf16():
     hopper = chip_named("sm_90")
     q, cache = torch.empty(2, 64, 576).bfloat16(), torch.empty(9, 64, 576).bfloat16()
     assert kernel.choose(2, 64, 9000, q, cache, 512, hopper) == kernel.HOPPER
-    others = [(32, q, cache, 512, hopper), (64, q, cache, 512, chip_named("sm_100")), (64, q, cache, 500, hopper)]
+    others = [(16, q, cache, 512, hopper), (64, q, cache, 512, chip_named("sm_100")), (64, q, cache, 500, hopper)]
     others += [(64, q[:, ::2], cache, 512, hopper), (64, q[..., :520], cache[..., :520], 512, hopper)]
     unfit = cache[:, :32], cache.flatten().view(-1, 32, 576), torch.empty(9, 64, 656).to(FP8_CACHE)
     others += [(64, q, cache, 512, hopper) for cache in unfit]
@@ -118,7 +118,7 @@ def test_hopper_has_a_kernel_for_many_rows_of_contiguous_bf16():
 
 
 @pytest.mark.skipif(chip_of(DEVICE).name != "sm_90", reason="Gluon has no interpreter: needs a Hopper GPU")
-@pytest.mark.parametrize("heads, queries", [(128, 1), (64, 2), (40, 3), (33, 1)])
+@pytest.mark.parametrize("heads, queries", [(128, 1), (64, 2), (40, 3), (33, 1), (17, 1)])
 @pytest.mark.parametrize("page", [64, 128])
 def test_hopper_equals_softmax_attention(heads, queries, page):
     """Tiles that end within a sequence's rows and beyond all rows, and tokens, inside NaN."""

@@ -12,7 +12,7 @@ import torch
 from deepspan.backends.torch_triton.kernels import norm, quant
 from deepspan.models.errors import DeepspanError
 from tests.kernels.device import seeded
-from tests.kernels.ranks import Ranks, parts_of, total
+from tests.kernels.ranks import RANKS, Ranks, TwoSteps, parts_of, total
 from tests.kernels.rows import bits, poisoned
 
 
@@ -83,6 +83,44 @@ def test_one_rank_or_several_have_the_same_bits():
     assert torch.equal(got.quantised.scales, one.quantised.scales)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("tokens, channels, parts", [(9, 36, None), (5, 2200, 9)])
+def test_the_sum_of_ranks_in_two_steps(tokens, channels, parts, rank):
+    """A row's branches go to its owner, and from there their sum."""
+    ranks = Ranks()
+    shape = (tokens, channels) if parts is None else (tokens, parts, channels)
+    weight = torch.rand(channels, generator=seeded(4)) + 0.5
+    owner_T1 = torch.arange(tokens)[:, None] % RANKS
+    for launch in (1, 2, 3):
+        branch_R = parts_of(shape, launch, torch.float32)
+        own_R = [branch if parts is None else reduce(torch.add, branch.unbind(1)) for branch in branch_R]
+        sum_TK = total([own.bfloat16() for own in own_R])
+        poison_TW = torch.full((tokens, channels // 2), 0x7FC07FC0, dtype=torch.int32)
+        sent_RTW = [
+            torch.where(owner_T1 == source, rows_of(sum_TK), torch.where(owner_T1 == rank, rows_of(own), poison_TW))
+            for source, own in enumerate(own_R)
+        ]
+        ranks.have_sent(launch, [words.flatten() for words in sent_RTW], rank, own=channels > 1024)
+        peers = TwoSteps(**vars(ranks.peers[rank]))
+        got = norm.add_norm_quantise(poisoned(branch_R[rank]), None, weight, 1e-6, plain=True, ranks=peers)
+        assert torch.equal(got.residual, sum_TK)
+        twin = norm.add_norm_quantise_eager(sum_TK, None, weight, 1e-6, plain=True)
+        torch.testing.assert_close(got.plain, twin.plain, rtol=2**-7, atol=0)
+        for receiver in range(RANKS):
+            room = ranks.rooms[receiver, launch % 2, rank, : sum_TK.numel() // 2].view(tokens, -1, 2)
+            is_own, is_theirs = owner_T1[:, 0] == rank, owner_T1[:, 0] == receiver
+            assert torch.equal(room[is_own, :, 0], rows_of(sum_TK)[is_own])
+            assert (room[is_own, :, 1] == launch).all()
+            if receiver != rank:
+                assert torch.equal(room[is_theirs, :, 0], rows_of(own_R[rank])[is_theirs])
+                assert ((room[:, :, 1] == launch).all(1) == (is_own | is_theirs)).all()
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """Words of rows."""
+    return pairs(x).view(len(x), -1)
+
+
 def pairs(x: torch.Tensor) -> torch.Tensor:
     """What travels: int32 words of two BF16 numbers."""
     return x.bfloat16().contiguous().view(torch.int32).flatten()
@@ -90,8 +128,8 @@ def pairs(x: torch.Tensor) -> torch.Tensor:
 
 def test_ranks_send_no_more_than_has_room():
     weight, peers = torch.ones(7168), Ranks().peers[0]
-    assert norm.takes(torch.empty(48, 7168, device="meta"), peers)
-    with pytest.raises(DeepspanError, match="49 rows of 7168 channels between ranks: kernel add_norm_quantise"):
-        norm.add_norm_quantise(torch.zeros(49, 7168), None, weight, 1e-6, ranks=peers)
+    assert norm.takes(torch.empty(146, 7168, device="meta"), peers)
+    with pytest.raises(DeepspanError, match="147 rows of 7168 channels between ranks: kernel add_norm_quantise"):
+        norm.add_norm_quantise(torch.zeros(147, 7168), None, weight, 1e-6, ranks=peers)
     with pytest.raises(DeepspanError, match="1 rows of 33 channels between ranks"):
         norm.add_norm_quantise(torch.zeros(1, 33), None, weight[:33], 1e-6, ranks=peers)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from deepspan.backends.torch_triton.kernels import best as best_kernel
 from deepspan.backends.torch_triton.kernels import gather, norm
 from deepspan.models.errors import DeepspanError
 from tests.kernels.device import DEVICE
-from tests.kernels.ranks import RANKS, Ranks, parts_of, total
+from tests.kernels.ranks import RANKS, Ranks, TwoSteps, parts_of, total
 from tests.kernels.rows import poisoned
 
-SHAPES = [(1, 7168), (3, 40), (1, gather.BLOCK_V), (2, 4098), (40, 7168)]
+SHAPES = [(1, 7168), (3, 40), (1, gather.BLOCK_V), (2, 4098), (4, 2048)]  # few programs: all ranks' have room at once
 on_a_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="ranks that wait for each other need a GPU")
 
 
@@ -55,27 +56,37 @@ def at_once(act) -> None:
 
 
 def sum_of(x: torch.Tensor, peers) -> torch.Tensor:
+    """In two steps, where every rank has a row."""
     weight = torch.ones(x.shape[1], device=x.device)
+    peers = TwoSteps(**vars(peers)) if len(x) >= RANKS else peers
     return norm.add_norm_quantise(x, None, weight, 1e-6, plain=True, quantise=None, ranks=peers).residual
 
 
 @on_a_gpu
-def test_ranks_at_once():
-    """Sums of different sizes and gathered columns one after the other, without a rest between them."""
+def test_ranks_at_once(monkeypatch):
+    """Sums of different sizes, best and gathered columns one after the other, without a rest between them."""
     ranks = Ranks()
     cases = [parts_of(SHAPES[i % len(SHAPES)], i) for i in range(50)]
-    sums, joined = [[None] * RANKS for _ in cases], [[None] * RANKS for _ in cases]
+    sums, joined, found = ([[None] * RANKS for _ in cases] for _ in range(3))
+
+    counters = [torch.zeros(100, dtype=torch.int32) for _ in range(RANKS)]  # a device of one rank has one set
 
     def act(rank):
+        """Between what sends are copies, as in a model other kernels are."""
+        monkeypatch.setattr(best_kernel, "counters", lambda device: counters[rank])
         for number, x_R in enumerate(cases):
-            sums[number][rank] = sum_of(x_R[rank], ranks.peers[rank])
-            if x_R[rank].numel() < 10000:
-                joined[number][rank] = gather.beside(x_R[rank].float(), ranks.peers[rank])
+            sums[number][rank] = sum_of(x_R[rank], ranks.peers[rank]).clone()
+            logits = x_R[rank].float()
+            found[number][rank] = best_kernel.best(logits, ranks=ranks.peers[rank]).clone()
+            if logits.numel() < 10000:
+                joined[number][rank] = gather.beside(logits, ranks.peers[rank]).clone()
 
     at_once(act)
-    for x_R, sum_R, joined_R in zip(cases, sums, joined, strict=True):
+    for x_R, sum_R, joined_R, found_R in zip(cases, sums, joined, found, strict=True):
         assert all(torch.equal(got, total(x_R)) for got in sum_R)
-        assert all(got is None or torch.equal(got, torch.cat(x_R, 1).float()) for got in joined_R)
+        logits = torch.cat(x_R, 1).float()
+        assert all(got is None or torch.equal(got, logits) for got in joined_R)
+        assert all(got.tolist() == logits.argmax(dim=1).tolist() for got in found_R)
 
 
 @on_a_gpu

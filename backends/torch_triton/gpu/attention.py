@@ -98,7 +98,7 @@ class Attention:
         nope, latent = self._spec.qk_nope_head_dim, self._spec.kv_lora_rank
         self._rotate(q_THX[:, :, nope:], q_THX[:, :, nope:], kv_TX, step, cache_PZE)
         out_THV = q_THX.new_empty(*q_THX.shape[:2], self._spec.v_head_dim)
-        out_THV[step.tokens :] = 0  # padding stays finite
+        out_THV[step.tokens or 0 :] = 0  # padding, or what may be padding, stays finite
         for absorbed in step.absorbed:
             q_AHX = q_THX[absorbed.rows]
             q_absorbed_AHX = self._absorb(q_AHX)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....configs.schema import RunConfig
 from ...base import IntArray, StepBatch, output_rows
 from ..kernels.prompt_attention import TILE_QUERIES, Tile
 from ..plan import ABSORBED_QUERIES, places_of, visible_slots
@@ -78,6 +79,11 @@ def positions_and_slots(batch: StepBatch, block_size: int) -> tuple[IntArray, In
     return places.positions_T.astype(np.int32), places.slots_T.astype(np.int32)
 
 
+def expanded_positions(run: RunConfig) -> int:
+    """Positions that have keys and values of all heads at a time, in steps with prompts."""
+    return max(run.engine.max_seq_len, run.engine.max_batch_tokens)
+
+
 def mixed_step(
     batch: StepBatch, tokens: int, block_size: int, longest: int, expanded: int, device: torch.device
 ) -> Step:
@@ -94,11 +100,11 @@ def mixed_step(
 
     lens_B = batch.query_lens_B
     absorbed = [
-        _absorbed(batch, np.flatnonzero(lens_B == queries), queries)
+        absorbed_arrays(batch, np.flatnonzero(lens_B == queries), queries)
         for queries in range(1, ABSORBED_QUERIES + 1)
         if (lens_B == queries).any()
     ]
-    prompts = [_prompts(batch, group, block_size) for group in _groups_of_prompts(batch, expanded)]
+    prompts = [prompt_arrays(batch, group, block_size) for group in _groups_of_prompts(batch, expanded)]
     rows_O, _, _ = output_rows(batch)
     common = padded(batch.token_ids_T, 0), padded(positions_T, 0), padded(slots_T, -1), rows_O
     sent = iter(send_together([*common, *itertools.chain(*absorbed, *prompts)], device))
@@ -128,7 +134,7 @@ def send_together(arrays: Sequence[NDArray], device: torch.device) -> list[Tenso
     return [room[: part.size].view(kind).view(part.shape) for part, room, kind in zip(parts, sent, types, strict=True)]
 
 
-def _absorbed(batch: StepBatch, sequences_B: NDArray[np.int64], queries: int) -> tuple[NDArray, NDArray, NDArray]:
+def absorbed_arrays(batch: StepBatch, sequences_B: NDArray[np.int64], queries: int) -> tuple[NDArray, NDArray, NDArray]:
     """Rows, tables and lengths of `Absorbed`."""
     first_B = (np.cumsum(batch.query_lens_B) - batch.query_lens_B)[sequences_B]
     rows_A = (first_B[:, None] + np.arange(queries)).reshape(-1)
@@ -149,7 +155,7 @@ def _groups_of_prompts(batch: StepBatch, limit: int) -> list[list[int]]:
     return groups
 
 
-def _prompts(batch: StepBatch, sequences: list[int], block_size: int) -> tuple[NDArray, NDArray]:
+def prompt_arrays(batch: StepBatch, sequences: list[int], block_size: int) -> tuple[NDArray, NDArray]:
     """Slots and tiles of `Prompts`."""
     rows_B = np.cumsum(batch.query_lens_B) - batch.query_lens_B
     slots: list[NDArray[np.int64]] = []
@@ -170,11 +176,12 @@ class DecodeBuffers:
     """The inputs of a decode step of fixed size, at fixed addresses on the device."""
 
     def __init__(self, sequences: int, queries: int, width: int, longest: int, device: torch.device):
-        self.sequences, self.queries, self.device = sequences, queries, device
-        tokens = sequences * queries
-        self._sizes = [tokens] * 7 + [sequences, sequences * width]
+        self.queries, self.device = queries, device
+        tokens = self.outputs = sequences * queries
+        self._sizes = [tokens] * 7 + [sequences, sequences * width, 1]
         self._held = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
-        token_ids, positions, slots, *sampling, lengths, table = self._held.split(self._sizes)
+        token_ids, positions, slots, *sampling, lengths, table, self.turn = self._held.split(self._sizes)
+        slots.fill_(-1)  # a first run, before there are inputs, writes nothing
         decode = Absorbed(slice(None), table.view(sequences, width), lengths, longest)
         self.step = Step(token_ids, positions, slots, decode=decode)
         temperature, top_k, top_p, seed = sampling
@@ -182,9 +189,9 @@ class DecodeBuffers:
             positions, temperature.view(torch.float32), top_k, top_p.view(torch.float32), seed
         )
 
-    def host(self) -> HostInputs:
-        """Room for them on the host."""
-        return HostInputs(self._held, self._sizes, self.queries)
+    def host(self, turn: int) -> HostInputs:
+        """Room for them on the host, which tells the device whose ``turn`` it is."""
+        return HostInputs(self._held, self._sizes, self.queries, turn)
 
 
 class HostInputs:
@@ -193,7 +200,7 @@ class HostInputs:
     Rows past the batch are padding: they write nothing, see nothing, and their tokens are not read.
     """
 
-    def __init__(self, device_words: Tensor, sizes: list[int], queries: int):
+    def __init__(self, device_words: Tensor, sizes: list[int], queries: int, turn: int):
         self._device_words, self._queries = device_words, queries
         self._words = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device_words.device.type != "cpu")
         parts = [part.numpy() for part in self._words.split(sizes)]
@@ -201,6 +208,7 @@ class HostInputs:
         self._sampling_T = parts[3:7]
         self._lengths_B, self._table_BM = parts[7], parts[8].reshape(sizes[7], -1)
         self._slots_T[:] = -1
+        parts[9][:] = turn
         self._filled = 0
 
     def fill(self, batch: StepBatch, block_size: int) -> None:

@@ -3,7 +3,7 @@
 A block's sublayer returns what is to be added to the residual stream (its "branch"); the next norm adds it, in FP32,
 and rounds the sum to BF16 once. Branches of experts come in parts, and each tensor-parallel rank has its share.
 
-Shape letters: T tokens, O outputs, P parts, D hidden, V vocabulary, L layers, C cache blocks, Z slots of one,
+Shape letters: T tokens, O outputs, P parts, D hidden, L layers, C cache blocks, Z slots of one,
 E cache entry.
 """
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ....models.rope import rope_tables
 from ....models.sharding import stage_layers
-from ..kernels import gather
 from ..kernels.combine import add_parts
 from ..kernels.embed import embed
 from ..kernels.logits import FEW_ROWS, logits
@@ -30,6 +29,7 @@ from .attention import Attention
 from .inputs import Step
 from .linear import Form, operand, ranks_total
 from .loader import Loader
+from .logits import Logits
 from .source import DeviceTensors
 
 
@@ -93,8 +93,8 @@ class Model:
         shape = len(step.token_ids_T), self._spec.hidden_size
         return Stream(self._stages.receive(torch.empty(shape, dtype=torch.bfloat16, device=self._device)))
 
-    def logits(self, stream: Stream) -> Tensor:
-        """float32 [T, V]; asked of the last stage only."""
+    def logits(self, stream: Stream) -> Logits:
+        """Of all rows; asked of the last stage only."""
         assert self._head is not None, "the last stage has the head"
         return self._head(stream)
 
@@ -109,8 +109,8 @@ class Model:
             layer.choices = None
         return found
 
-    def draft_logits(self, stream: Stream, next_ids_T: Tensor, rows_O: Tensor, step: Step) -> Tensor:
-        """float32 [O, V] for the token after the next of rows ``rows_O``; the MTP layer's cache gets all T."""
+    def draft_logits(self, stream: Stream, next_ids_T: Tensor, rows_O: Tensor, step: Step) -> Logits:
+        """For the token after the next of rows ``rows_O``; the MTP layer's cache gets all T."""
         assert self._head is not None and self._mtp is not None, "the last stage has the MTP layer, where there is one"
         normed = self._head.norm(*stream)
         hidden_TD = _plain(normed) if self._spec.mtp_hidden == "post_norm" else normed.residual
@@ -140,14 +140,10 @@ class Head:
         self._table_ND = loader.source.plain(table)
         self._ranks = loader.source.mesh.tp
 
-    def __call__(self, stream: Stream) -> Tensor:
-        """float32 [T, V]."""
+    def __call__(self, stream: Stream) -> Logits:
         x_TD = _plain(self.norm(*stream))
         product = logits if len(x_TD) <= FEW_ROWS and self._table_ND.dtype == x_TD.dtype else product_f32
-        logits_TV, peers = product(x_TD, self._table_ND), self._ranks.peers
-        if peers is not None and gather.takes(logits_TV, peers):
-            return gather.beside(logits_TV, peers)
-        return self._ranks.beside(logits_TV)
+        return Logits(product(x_TD, self._table_ND), self._ranks)
 
 
 class Block:
@@ -254,7 +250,7 @@ class MTP:
         self._block = Block(loader, spec.num_hidden_layers, rope, room)
         self._head = Head(loader, f"{prefix}.shared_head.norm.weight", f"{prefix}.shared_head.head.weight")
 
-    def __call__(self, hidden_TD: Tensor, following: Stream, rows_O: Tensor, step: Step, cache_CZE: Tensor) -> Tensor:
+    def __call__(self, hidden_TD: Tensor, following: Stream, rows_O: Tensor, step: Step, cache_CZE: Tensor) -> Logits:
         """``following``: the embedded next tokens."""
         normed = self._embedding_norm(*following), self._hidden_norm(hidden_TD)
         joined = torch.cat([_plain(part) for part in normed], dim=1)

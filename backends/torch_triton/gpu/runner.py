@@ -1,4 +1,5 @@
-"""StepBatch in, StepResult out, on a GPU: decode steps are recorded graphs, steps with prompts run as they come.
+"""StepBatch in, StepResult out, on a GPU: decode steps are recorded graphs, and so are steps with prompts in sizes that
+come again; others run as they come.
 
 All ranks take every step, and all replicas of the model the same number of rows, however few sequences are their own:
 what is exchanged has then sizes that a recorded graph can hold.
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ....configs.schema import RunConfig
 from ....models.errors import InputError
@@ -26,10 +26,11 @@ from ..cache import empty_cache
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
 from ..rank import TorchRank
 from ..replicas import Share, share_of, whole_result
-from .graphs import DecodeSteps, Started
-from .inputs import Step, mixed_step, same_queries, sampling_numbers
+from .graphs import DecodeSteps, MixedSteps, Recorder
+from .inputs import Step, expanded_positions, mixed_step, same_queries, sampling_numbers
 from .loader import Loader
 from .model import Model
+from .recorded import Started
 from .room import blocks_that_fit, check_weights_fit
 from .sampling import Draw, draw, draw_of
 from .source import DeviceTensors, DrawnTensors, StoredTensors
@@ -79,7 +80,9 @@ class GpuRunner:
         held = f"{self._replica_blocks} blocks of {self.block_size} tokens in {self.kv_dtype}"
         held += f", {cache_LCZE.nbytes / 2**30:.1f} GiB"
         print(f"note: cache: {held}", file=sys.stderr)
-        self._decode = DecodeSteps(self._model, run, self._device)
+        recorder = Recorder(self._model, run, self._device)
+        self._decode = DecodeSteps(recorder, run.engine.max_batch)
+        self._mixed_steps = MixedSteps(recorder, run)
 
     def _check_parts(self, mtp: bool, holding: Holding) -> None:
         """Refuse what no device could hold, before anything is read."""
@@ -102,12 +105,16 @@ class GpuRunner:
 
     @torch.inference_mode()
     def start(self, batch: StepBatch) -> Pending:
-        """Decode steps are queued; others have run when this returns, as does one whose logits are asked for."""
+        """Recorded steps are queued; others have run when this returns, as does one whose logits are asked for."""
         if batch.draft and not self._has_mtp:
             raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
         share = share_of(batch, self._mesh, self._replica_blocks)
         queries = None if batch.draft else same_queries(batch)
         how = draw_of(batch.sampling)
+        if queries is None and self.starts_ahead and not (batch.draft or batch.return_logits):
+            found = self._mixed_steps.start(batch, how)
+            if found is not None:
+                return Queued(found)
         if queries is None:
             return Done(whole_result(share, self._mixed(share, how), self._mesh, self.spec.vocab_size))
         started = self._decode.start(share.batch, max(share.tokens) // queries, queries, how)
@@ -133,14 +140,16 @@ class GpuRunner:
 
     def close(self) -> None:
         self._model = None
-        del self._decode
+        del self._decode, self._mixed_steps
 
     def _decoded(self, share: Share, started: Started) -> StepResult | None:
         """This replica's outputs, on the last stage."""
-        if started.logits_OV is None:
+        if not self._mesh.is_last_stage:
             return None
-        logits_OV = started.logits_OV[: started.outputs].cpu().numpy() if share.batch.return_logits else None
-        return StepResult(started.token_ids_O(), logits_OV)
+        logits_OV = started.logits_OV
+        return StepResult(
+            started.token_ids_O(), None if logits_OV is None else logits_OV[: started.outputs].cpu().numpy()
+        )
 
     def _mixed(self, share: Share, how: Draw) -> StepResult | None:
         """This replica's outputs, on the last stage."""
@@ -152,32 +161,28 @@ class GpuRunner:
         stream = model.hidden(step)
         if not model.is_last_stage:
             return None
-        logits_OV, token_ids_O = self._no_outputs()
-        if len(step.rows_O):
-            logits_OV = model.logits(stream.rows(step.rows_O))
-            token_ids_O = draw(logits_OV, numbers, how)
-            model.last_O[: len(token_ids_O)] = token_ids_O
-        token_ids = token_ids_O.cpu().numpy()
-        draft_OV = None
+        outputs = len(step.rows_O)
+        logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
+        if outputs:
+            logits = model.logits(stream.rows(step.rows_O))
+            draw(logits, numbers, how, model.last_O[:outputs])
+            logits_OV = logits.whole() if batch.return_logits else logits_OV
+        token_ids = np.array(model.last_O[:outputs].cpu())  # the next step overwrites them
+        drafts = None
         if batch.draft:
             next_T = np.zeros(len(step.token_ids_T), np.int32)
             next_T[: len(batch.token_ids_T)] = next_tokens(batch, output_rows(batch)[0], token_ids)
-            draft_OV = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), step.rows_O, step)
+            drafts = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), step.rows_O, step)
         return StepResult(
             token_ids_O=token_ids,
             logits_OV=logits_OV.cpu().numpy() if batch.return_logits else None,
-            draft_token_ids_O=None if draft_OV is None else draft_OV.argmax(dim=1).int().cpu().numpy(),
-            draft_logits_OV=draft_OV.cpu().numpy() if draft_OV is not None and batch.return_logits else None,
+            draft_token_ids_O=None if drafts is None else drafts.best().cpu().numpy(),
+            draft_logits_OV=drafts.whole().cpu().numpy() if drafts is not None and batch.return_logits else None,
         )
 
     def _mixed_step(self, batch: StepBatch, tokens: int) -> Step:
-        engine = self._run.engine
-        expanded = max(engine.max_seq_len, engine.max_batch_tokens)
-        return mixed_step(batch, tokens, self.block_size, engine.max_seq_len, expanded, self._device)
-
-    def _no_outputs(self) -> tuple[Tensor, Tensor]:
-        logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
-        return logits_OV, torch.empty(0, dtype=torch.int32, device=self._device)
+        run, longest = self._run, self._run.engine.max_seq_len
+        return mixed_step(batch, tokens, self.block_size, longest, expanded_positions(run), self._device)
 
 
 @dataclass(frozen=True)

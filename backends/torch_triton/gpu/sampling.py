@@ -1,6 +1,6 @@
 """The next tokens, drawn on the device without asking the host; `models.sampling` is the definition.
 
-Shape letters: O outputs, V vocabulary.
+Shape letters: O outputs, P columns of the vocabulary.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...base import Sampling
-from ..kernels.best import best
+from ..kernels.best import Copies
 from ..sampling import filtered, gumbel_noise
 from .inputs import SamplingNumbers
+from .logits import Logits
 
 _UNSIGNED = 0xFFFFFFFF
 
@@ -35,17 +36,29 @@ def draw_of(sampling: Sampling) -> Draw:
     return Draw.FILTERED if filtered_B.any() else Draw.RANDOM
 
 
-def draw(logits_OV: Tensor, numbers: SamplingNumbers | None, how: Draw) -> Tensor:
-    """int32 [O]: the best token of sequences at temperature 0, a drawn one of the others."""
-    greedy_O = best(logits_OV)
+def draw(
+    logits: Logits,
+    numbers: SamplingNumbers | None,
+    how: Draw,
+    out_O: Tensor | None = None,
+    copies: Copies | None = None,
+) -> Tensor:
+    """int32 [O]: the best token of sequences at temperature 0, a drawn one of the others; see `kernels.best`.
+
+    Filters look at the whole vocabulary; otherwise ranks draw in their parts of it.
+    """
     if how is Draw.GREEDY:
-        return greedy_O
+        return logits.best(out_O, copies)
     assert numbers is not None, "drawing needs them"
-    random_O = numbers.temperature_O > 0
-    scaled_OV = logits_OV / numbers.temperature_O.where(random_O, 1.0)[:, None]
+    if how is Draw.FILTERED:
+        logits = Logits(logits.whole())
+    logits_OP = logits.part_OP
+    random_O1 = (numbers.temperature_O > 0)[:, None]
+    scaled_OP = logits_OP / numbers.temperature_O[:, None].where(random_O1, 1.0)
     if how is Draw.FILTERED:
         limited_O = (numbers.top_k_O > 0) | (numbers.top_p_O < 1)
-        limited_OV = filtered(scaled_OV, numbers.top_k_O.long(), numbers.top_p_O)
-        scaled_OV = torch.where(limited_O[:, None], limited_OV, scaled_OV)
-    noise_OV = gumbel_noise(numbers.seed_O.long() & _UNSIGNED, numbers.position_O.long(), logits_OV.shape[1])
-    return (scaled_OV + noise_OV).argmax(dim=1).int().where(random_O, greedy_O)
+        limited_OP = filtered(scaled_OP, numbers.top_k_O.long(), numbers.top_p_O)
+        scaled_OP = torch.where(limited_O[:, None], limited_OP, scaled_OP)
+    seed_O, columns = numbers.seed_O.long() & _UNSIGNED, range(logits.first, logits.first + logits_OP.shape[1])
+    scaled_OP += gumbel_noise(seed_O, numbers.position_O.long(), columns)
+    return logits._replace(part_OP=torch.where(random_O1, scaled_OP, logits_OP)).best(out_O, copies)

@@ -36,9 +36,9 @@ def _beside(
     words.send(memories, x_V.to(tl.int32, bitcast=True), place_V, mask_V, number, RANK, RANKS)
     words.count_launch(counts_ptr, number, tl.num_programs(0) * tl.num_programs(1))
     out_ptr += t.to(tl.int64) * V * RANKS
+    found = words.received(own, place_V, mask_V, number, 0, -1, RANKS, RANKS)
     for rank in tl.static_range(RANKS):
-        bits_V = words.received(own, place_V, mask_V, number, rank, RANKS)
-        tl.store(out_ptr + rank * V + v_V, bits_V.to(tl.float32, bitcast=True), mask=mask_V)
+        tl.store(out_ptr + rank * V + v_V, found[rank].to(tl.int32).to(tl.float32, bitcast=True), mask=mask_V)
 
 
 def takes(x_TV: torch.Tensor, peers: Peers) -> bool:

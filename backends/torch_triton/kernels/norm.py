@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import pdl, peers
+from . import branches, pdl, peers
 from .chips import Chip, check, chip_of, options
 from .peers import Peers
 from .quant import GROUP, Codes, empty_codes, int8_codes, quantise_eager, quantise_groups, quantise_rows_eager
@@ -27,50 +27,13 @@ class Normed(NamedTuple):
     quantised: Codes | None
 
 
-@triton.jit
-def _parts(branch_ptr, branch_stride_p, k, K, P: tl.constexpr):
-    """The sum of the branch's parts at channels ``k``, of any shape."""
-    x = tl.load(branch_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    for p in tl.static_range(1, P):
-        x += tl.load(branch_ptr + p * branch_stride_p + k, mask=k < K, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _send_parts(
-    branch_ptr, branch_stride_p, group_G, t, K, memories, number, P: tl.constexpr, RANK, RANKS: tl.constexpr
-):
-    """To all ranks, the sum of the branch's parts in BF16, two channels a word."""
-    w_GW = group_G[:, None] * 64 + tl.arange(0, 64)[None, :]
-    k_GW2 = w_GW[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    first_GW, second_GW = tl.split(_parts(branch_ptr, branch_stride_p, k_GW2, K, P).to(tl.bfloat16))
-    first_GW = first_GW.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    second_GW = second_GW.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    mask_GW = w_GW < K // 2
-    peers.send(memories, first_GW | second_GW, t * (K // 2) + w_GW, mask_GW, number, RANK, RANKS)
-
-
-@triton.jit
-def _ranks_sum(own, group_G, t, K, number, RANKS: tl.constexpr):
-    """The ranks' branches added in FP32 in the order of the ranks, rounded to BF16."""
-    w_GW = group_G[:, None] * 64 + tl.arange(0, 64)[None, :]
-    mask_GW = w_GW < K // 2
-    first_GW = tl.zeros(w_GW.shape, tl.float32)
-    second_GW = tl.zeros(w_GW.shape, tl.float32)
-    for rank in tl.static_range(RANKS):
-        pair_GW = peers.received(own, t * (K // 2) + w_GW, mask_GW, number, rank, RANKS)
-        first_GW += (pair_GW << 16).to(tl.float32, bitcast=True)
-        second_GW += (pair_GW & -65536).to(tl.float32, bitcast=True)
-    sum_GX = tl.reshape(tl.join(first_GW, second_GW), (group_G.shape[0], 128))
-    return sum_GX.to(tl.bfloat16).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["scales_stride", "RANK"])
 def _add_norm_quantise(
     branch_ptr, branch_stride_t, branch_stride_p, residual_ptr, residual_stride, weight_ptr, sum_ptr, plain_ptr,
     codes_ptr, scales_ptr, scales_stride, address_ptr, counts_ptr, RANK, eps, K, P: tl.constexpr, RANKS: tl.constexpr,
     ADD: tl.constexpr, PLAIN: tl.constexpr, FORM: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr,
-    INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
+    INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, SHARES: tl.constexpr,
+    TWO_STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: parts of rows, those of a row together. Each program sums the squares of the whole row: the costly rest is
     shared out."""
@@ -90,19 +53,18 @@ def _add_norm_quantise(
         memories, own = peers.addresses(address_ptr, RANKS), tl.load(address_ptr + RANK)
     pdl.wait(PDL)
     pdl.release(PDL)
-    if RANKS > 1:
-        _send_parts(branch_ptr, branch_stride_p, group_G, t, K, memories, number, P, RANK, RANKS)
-        peers.count_launch(counts_ptr, number, tl.num_programs(0))
     if ADD:
         row_residual_GX = tl.load(residual_ptr + all_GX, mask=all_GX < K, other=0.0)
         if PART != BLOCK:
             part_residual_GX = tl.load(residual_ptr + k_GX, mask=k_GX < K, other=0.0)
     if RANKS > 1:
-        row_GX = _ranks_sum(own, all_G, t, K, number, RANKS)
-        part_GX = row_GX if PART == BLOCK else _ranks_sum(own, group_G, t, K, number, RANKS)
+        row_GX, part_GX = branches.ranks_sum(
+            branch_ptr, branch_stride_p, all_G, group_G, t, K, address_ptr, counts_ptr, memories, own, number, P, RANK,
+            RANKS, TWO_STEPS,
+        )  # fmt: skip
     else:
-        row_GX = _parts(branch_ptr, branch_stride_p, all_GX, K, P)
-        part_GX = row_GX if PART == BLOCK else _parts(branch_ptr, branch_stride_p, k_GX, K, P)
+        row_GX = branches.parts(branch_ptr, branch_stride_p, all_GX, K, P)
+        part_GX = row_GX if PART == BLOCK else branches.parts(branch_ptr, branch_stride_p, k_GX, K, P)
     if ADD:
         row_GX += row_residual_GX.to(tl.float32)
         part_GX = row_GX if PART == BLOCK else part_GX + part_residual_GX.to(tl.float32)
@@ -130,7 +92,7 @@ def _add_norm_quantise(
 def takes(branch_TPK: torch.Tensor, ranks: Peers) -> bool:
     """Whether ranks may add such branches on the way to a norm."""
     tokens, channels = branch_TPK.shape[0], branch_TPK.shape[-1]
-    return channels % 2 == 0 and ranks.takes(tokens * channels // 2)
+    return channels % 2 == 0 and ranks.takes_in_two_steps(tokens * channels // 2)
 
 
 def add_norm_quantise(
@@ -180,11 +142,11 @@ def add_norm_quantise(
         branch_TPK, branch_TPK.stride(0), branch_TPK.stride(1) if branch_TPK.dim() == 3 else 0,
         residual_TK, residual_TK.stride(0) if residual_TK is not None else 0, weight_K, out.residual, out.plain,
         out.quantised.codes.view(_CARRIERS[quantise]) if quantise and out.quantised else None,
-        out.quantised.scales if out.quantised else None, tokens, ranks.addresses_R if ranks else None,
-        ranks.counts if ranks else None, ranks.rank if ranks else None, eps, channels,
+        out.quantised.scales if out.quantised else None, tokens, *peers.arguments(ranks), eps, channels,
         P=parts, RANKS=len(ranks) if ranks else 1, ADD=residual_TK is not None, PLAIN=plain, FORM=quantise,
         UE8M0=ue8m0, FNUZ=chip.fnuz, INSTRUCTION=chip.encodes_fp8, BLOCK=block, PART=part, SHARES=shares,
-        PDL=chip.dependent_launch, **options(chip, warps=4 if block <= 2048 else 8),
+        TWO_STEPS=ranks is not None and not ranks.takes(tokens * channels // 2), PDL=chip.dependent_launch,
+        **options(chip, warps=norm_warps(block, len(ranks) if ranks else 1)),
     )  # fmt: skip
     return out
 
@@ -200,6 +162,11 @@ def norm_part(tokens: int, channels: int, parts: int, between_ranks: bool, chip:
     while part > 1024 and tokens * cdiv(channels, part // 2) <= rooms:
         part //= 2
     return part
+
+
+def norm_warps(block: int, ranks: int) -> int:
+    """Each thread holds the words of all ranks at its channels until the last one has come."""
+    return 4 if block <= 2048 else 8 if ranks <= 2 else 16
 
 
 def add_norm_quantise_eager(

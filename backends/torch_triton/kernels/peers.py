@@ -37,6 +37,15 @@ class Peers:
         """Whether a launch may send so many to each rank: they fit, and a library is not faster."""
         return words * max(1, len(self) - 1) <= ROOM
 
+    def takes_in_two_steps(self, words: int) -> bool:
+        """Whether a launch may have so many added in two steps (see `branches`)."""
+        return words <= ROOM
+
+
+def arguments(peers: Peers | None) -> tuple[torch.Tensor | None, torch.Tensor | None, int | None]:
+    """What a kernel takes of ranks, if there are several: addresses, counts and its own rank."""
+    return (None, None, None) if peers is None else (peers.addresses_R, peers.counts, peers.rank)
+
 
 def allocation_bytes(ranks: int) -> int:
     """Of a rank."""
@@ -73,18 +82,63 @@ def count_launch(counts_ptr, number, programs):
 @triton.jit
 def send(memories, data, place, mask, number, RANK, RANKS: tl.constexpr):
     """``data``, of 32 bits, to all ranks and to this one itself, at ``place``."""
-    words = (number.to(tl.int64) << 32) | (data.to(tl.int64) & 0xFFFFFFFF)
-    room = ((number & 1) * RANKS + RANK) * _ROOM
     for rank in tl.static_range(RANKS):
-        room_ptr = memories[rank].to(tl.pointer_type(tl.int64)) + room
-        tl.store(room_ptr + place, words, mask=mask)
+        send_to(memories[rank], data, place, mask, number, RANK, RANKS)
 
 
 @triton.jit
-def received(own, place, mask, number, source, RANKS: tl.constexpr):
-    """The 32 bits that rank ``source`` sent to ``place``, when they are there; 0 where masked. ``own``: the memory."""
-    words_ptr = own.to(tl.pointer_type(tl.int64)) + ((number & 1) * RANKS + source) * _ROOM + place
-    words = tl.load(words_ptr, mask=mask, other=0, volatile=True)
-    while tl.max((mask & ((words >> 32).to(tl.int32) != number)).to(tl.int32)) > 0:
-        words = tl.load(words_ptr, mask=mask, other=0, volatile=True)
-    return words.to(tl.int32)
+def send_to(memory, data, place, mask, number, RANK, RANKS: tl.constexpr):
+    """To the rank that has ``memory``."""
+    words = (number.to(tl.int64) << 32) | (data.to(tl.int64) & 0xFFFFFFFF)
+    tl.store(_room(memory, number, RANK, RANKS) + place, words, mask=mask)
+
+
+@triton.jit
+def received(own, place, mask, number, first, skipped, SOURCES: tl.constexpr, RANKS: tl.constexpr):
+    """A tuple of the words at ``place`` from each of ``SOURCES`` ranks from ``first`` on, when all are there.
+
+    Data are their lower 32 bits; 0 where masked, and of rank ``skipped``, which is not waited for. ``own``: this rank's
+    memory.
+    """
+    words = _look(own, place, mask, number, first, skipped, SOURCES, RANKS)
+    while _lacks(words, number, SOURCES):
+        words = _look(own, place, mask, number, first, skipped, SOURCES, RANKS)
+    return words
+
+
+@triton.jit
+def received_both(own, place, mask, other_place, other_mask, number, first, SOURCES: tl.constexpr, RANKS: tl.constexpr):
+    """As `received` at two places, which are looked at together."""
+    words = _look(own, place, mask, number, first, -1, SOURCES, RANKS)
+    others = _look(own, other_place, other_mask, number, first, -1, SOURCES, RANKS)
+    while _lacks(words, number, SOURCES) | _lacks(others, number, SOURCES):
+        words = _look(own, place, mask, number, first, -1, SOURCES, RANKS)
+        others = _look(own, other_place, other_mask, number, first, -1, SOURCES, RANKS)
+    return words, others
+
+
+@triton.jit
+def _look(own, place, mask, number, first, skipped, SOURCES: tl.constexpr, RANKS: tl.constexpr):
+    words_ptr = _room(own, number, first, RANKS) + place
+    words = ()
+    for source in tl.static_range(SOURCES):
+        wanted = mask & (first + source != skipped)
+        found = tl.load(words_ptr + source * _ROOM, mask=wanted, other=number.to(tl.int64) << 32, volatile=True)
+        words += (found,)  # type: ignore[assignment]
+    return words
+
+
+@triton.jit
+def _lacks(words, number, SOURCES: tl.constexpr):
+    """Whether one of them is not of this launch."""
+    lacking = (words[0] >> 32).to(tl.int32) != number
+    for source in tl.static_range(1, SOURCES):
+        lacking |= (words[source] >> 32).to(tl.int32) != number
+    return tl.max(lacking.to(tl.int32), None) > 0
+
+
+@triton.jit
+def _room(memory, number, source, RANKS: tl.constexpr):
+    """Where ``memory`` has what ``source`` sends in this launch. Two words are one access, of which each is whole."""
+    memory_ptr = tl.multiple_of(memory.to(tl.pointer_type(tl.int64)), 16)
+    return memory_ptr + ((number & 1) * RANKS + source) * _ROOM

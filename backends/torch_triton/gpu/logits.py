@@ -1,0 +1,41 @@
+"""Logits of a vocabulary of which each tensor-parallel rank has a part.
+
+Shape letters: O outputs, V vocabulary, P columns of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..kernels import gather
+from ..kernels.best import Copies, best, takes
+from ..parallel import ALONE, Group
+
+
+class Logits(NamedTuple):
+    """This rank's columns; the ranks' parts are equal, and in the order of the ranks."""
+
+    part_OP: Tensor  # float32
+    ranks: Group = ALONE.tp
+
+    @property
+    def first(self) -> int:
+        """Where in the vocabulary this part begins."""
+        return self.ranks.index * self.part_OP.shape[1]
+
+    def whole(self) -> Tensor:
+        """float32 [O, V], on all ranks, which call this together."""
+        peers = self.ranks.peers
+        if peers is not None and gather.takes(self.part_OP, peers):
+            return gather.beside(self.part_OP, peers)
+        return self.ranks.beside(self.part_OP)
+
+    def best(self, out_O: Tensor | None = None, copies: Copies | None = None) -> Tensor:
+        """int32 [O]: the token of the largest logit, the lower of equal ones; see `kernels.best`. All ranks call this
+        together."""
+        peers = self.ranks.peers
+        if self.ranks.size == 1 or (peers is not None and takes(self.part_OP, peers)):
+            return best(self.part_OP, out_O, copies, peers)
+        return best(self.whole(), out_O, copies)

@@ -1,0 +1,149 @@
+"""The inputs of steps with prompts, padded to sizes that come again.
+
+What is padded repeats what is there: an output, a tile of queries or a decoding sequence that is computed twice is
+written twice with the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...base import StepBatch, output_rows
+from ..kernels.prompt_attention import TILE_QUERIES, Tile
+from ..kernels.sizes import power_of_2
+from ..plan import ABSORBED_QUERIES
+from .inputs import Absorbed, Prompts, SamplingNumbers, Step, absorbed_arrays, positions_and_slots, prompt_arrays
+
+TOKENS = 2048  # of the longest step in such a size, and half the positions: longer ones keep a GPU busy
+_LEAST = 64
+
+
+class MixedSize(NamedTuple):
+    """``positions``: of the prompts and what is cached before them. ``decoding``: sequences with one new token."""
+
+    tokens: int
+    positions: int
+    decoding: int
+    prompts: int
+
+    @property
+    def outputs(self) -> int:
+        return self.decoding + self.prompts
+
+    @property
+    def tiles(self) -> int:
+        """Of queries, at most."""
+        return self.tokens // TILE_QUERIES + self.prompts
+
+
+def mixed_size(batch: StepBatch, expanded: int) -> MixedSize | None:
+    """The size that holds ``batch``; None if none does. ``expanded`` positions have keys and values at a time."""
+    lens_B = batch.query_lens_B
+    is_prompt_B, is_decoding_B = lens_B > ABSORBED_QUERIES, lens_B == 1
+    tokens, positions = len(batch.token_ids_T), int((batch.context_lens_B + lens_B)[is_prompt_B].sum())
+    alike = (is_prompt_B | is_decoding_B).all() and (batch.num_outputs_B <= 1).all()
+    if not is_prompt_B.any() or not alike or tokens > TOKENS or positions > min(expanded, 2 * TOKENS):
+        return None
+    decoding, prompts = int(is_decoding_B.sum()), int(is_prompt_B.sum())
+    rows = _padded(tokens)
+    return MixedSize(rows, max(rows, _padded(positions)), power_of_2(decoding) if decoding else 0, power_of_2(prompts))
+
+
+def _padded(count: int) -> int:
+    """Powers of two and what is halfway between them, from `_LEAST` on."""
+    power = max(_LEAST, power_of_2(count))
+    halfway = power // 4 * 3
+    return halfway if halfway >= max(count, _LEAST) else power
+
+
+class MixedBuffers:
+    """The inputs of a step of ``size``, at fixed addresses on the device; ``width``: blocks of a sequence."""
+
+    def __init__(self, size: MixedSize, width: int, longest: int, device: torch.device):
+        self.size, self.device, self.outputs = size, device, size.outputs
+        decoding, outputs = size.decoding, size.outputs
+        self._counts = [
+            *[size.tokens] * 3, outputs, decoding, decoding * width, decoding, size.positions, 4 * size.tiles,
+            *[outputs] * 5, 1,
+        ]  # fmt: skip
+        # Each begins at a multiple of 16 bytes: kernels are compiled for pointers that do, or for others.
+        self._rooms = [-(-count // 4) * 4 for count in self._counts]
+        self._held = torch.zeros(sum(self._rooms), dtype=torch.int32, device=device)
+        parts = _parts(self._held, self._rooms, self._counts)
+        token_ids, positions, slots, rows_O, rows_A, table, lengths, prompt_slots, tiles, *sampling, self.turn = parts
+        tiles_U = tiles.view(-1, 4)
+        slots.fill_(-1)  # a first run, before there are inputs, writes nothing,
+        tiles_U[:, Tile._fields.index("queries")] = 1  # and no kernel takes a tile of no queries
+        absorbed = Absorbed(rows_A, table.view(decoding, width), lengths, longest)
+        prompts = Prompts(prompt_slots, tiles_U)
+        self.step = Step(
+            token_ids, positions, slots, rows_O, absorbed=(absorbed,) if decoding else (), prompts=(prompts,)
+        )
+        position, temperature, top_k, top_p, seed = sampling
+        self.sampling = SamplingNumbers(
+            position, temperature.view(torch.float32), top_k, top_p.view(torch.float32), seed
+        )
+
+    def host(self, turn: int) -> MixedInputs:
+        """Room for them on the host, which tells the device whose ``turn`` it is."""
+        return MixedInputs(self._held, self._rooms, self._counts, turn)
+
+
+class MixedInputs:
+    """The inputs of such a step, written on the host and sent in one transfer."""
+
+    def __init__(self, device_words: Tensor, rooms: list[int], counts: list[int], turn: int):
+        self._device_words = device_words
+        self._words = torch.zeros(sum(rooms), dtype=torch.int32, pin_memory=device_words.device.type != "cpu")
+        self._parts = [part.numpy() for part in _parts(self._words, rooms, counts)]
+        self._parts[-1][:] = turn
+
+    def fill(self, batch: StepBatch, block_size: int) -> None:
+        """Take ``batch``. What was sent before must have arrived."""
+        token_ids, positions, slots, rows, rows_A, table, lengths, prompt_slots, tiles, *sampling, _ = self._parts
+        positions_T, slots_T = positions_and_slots(batch, block_size)
+        _put(token_ids, batch.token_ids_T, 0)
+        _put(positions, positions_T, 0)
+        _put(slots, slots_T, -1)
+        rows_O, sequence_O, position_O = output_rows(batch)
+        _repeat(rows, rows_O)
+        decoding_B = np.flatnonzero(batch.query_lens_B == 1)
+        if len(decoding_B):
+            row_A, table_BM, length_B = absorbed_arrays(batch, decoding_B, 1)
+            _repeat(rows_A, row_A)
+            _repeat(lengths, length_B)
+            table_DM = table.reshape(len(lengths), -1)
+            width = min(table_DM.shape[1], table_BM.shape[1])
+            _repeat(table_DM[:, :width], table_BM[:, :width])
+        prompts_B = np.flatnonzero(batch.query_lens_B > ABSORBED_QUERIES)
+        slots_S, tiles_U = prompt_arrays(batch, prompts_B.tolist(), block_size)
+        _repeat(prompt_slots, slots_S)
+        _repeat(tiles.reshape(-1, 4), tiles_U)
+        chosen = batch.sampling
+        numbers = chosen.temperature_B, chosen.top_k_B, chosen.top_p_B, chosen.seed_B
+        for part, values_O in zip(sampling, (position_O, *(values_B[sequence_O] for values_B in numbers)), strict=True):
+            _repeat(part, values_O.view(np.int32))
+
+    def send(self) -> None:
+        """To the device, after all that was started before."""
+        self._device_words.copy_(self._words, non_blocking=True)
+
+
+def _parts(words: Tensor, rooms: list[int], counts: list[int]) -> list[Tensor]:
+    return [room[:count] for room, count in zip(words.split(rooms), counts, strict=True)]
+
+
+def _put(room: NDArray[np.int32], values: NDArray, filler: int) -> None:
+    room[: len(values)] = values
+    room[len(values) :] = filler
+
+
+def _repeat(room: NDArray[np.int32], values: NDArray) -> None:
+    """``values``, and the last of them again; nobody reads the room of none."""
+    if len(values):
+        _put(room, values, values[-1])
