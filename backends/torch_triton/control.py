@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener
+from tempfile import gettempdir
 
 import torch
 import torch.distributed as dist
@@ -48,10 +49,18 @@ def connect(local_ranks: int) -> Control:
     first_ranks = list(range(0, ranks, local_ranks))
     firsts = dist.new_group(first_ranks, _PATIENCE, backend="gloo") if len(first_ranks) > 1 else None
     first = rank - rank % local_ranks
-    listener = Listener(family="AF_UNIX", backlog=local_ranks) if rank == first else None
+    listener = _listener(local_ranks) if rank == first else None
     addresses = [""] * ranks
     dist.all_gather_object(addresses, "" if listener is None else str(listener.address), group=every)
     if listener is None:
         return Control(every, source=Client(addresses[first]))
     with listener:
         return Control(every, firsts, others=[listener.accept() for _ in range(local_ranks - 1)])
+
+
+def _listener(backlog: int) -> Listener:
+    try:
+        return Listener(family="AF_UNIX", backlog=backlog)
+    except OSError as error:
+        todo = "set TMPDIR to a short path on this machine that can be written to"
+        raise DeepspanError(f"no socket for this machine's processes: {error}", gettempdir(), todo) from None
