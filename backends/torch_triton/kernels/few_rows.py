@@ -94,6 +94,8 @@ def choose(rows: int, outputs: int, inputs: int, gated: bool, chip: Chip, int4: 
         return Config(block_m, share, 1, 4, stages)
     if inputs >= 8192:
         splits = max(1, chip.processors // cdiv(outputs, 128))
+        if block_m == 64:  # even shares are slower here
+            return Config(block_m, 128, splits, 4, min(6, deep))
         return Config(block_m, even_share(outputs, chip.processors // splits, 128) or 128, splits, 4, deep)
     programs = cdiv(outputs, 64)
     if programs > 2 * chip.processors and few:
