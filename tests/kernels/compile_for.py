@@ -283,6 +283,7 @@ def launch_between_ranks(chip: chips.Chip) -> None:
         group = peers.Peers(1, empty(ranks, dtype=torch.int64), counts, empty(1, dtype=torch.uint8))
         gather.beside(empty(4, 129280 // ranks, dtype=torch.float32), group)
         best.best(empty(4, 129280 // ranks, dtype=torch.float32), ranks=group)
+        best.best(empty(4, ranks, dtype=torch.float32), names_OV=empty(4, ranks, dtype=torch.int32))
         for tokens, form in itertools.product((1, 18, 128), (None, "int8", "fp8")[: 2 + chip.fp8_units]):
             for branch in (empty(tokens, 7168), empty(tokens, 9, 7168, dtype=torch.float32)):
                 norm.add_norm_quantise(

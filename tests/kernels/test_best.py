@@ -27,6 +27,13 @@ def test_a_copy_goes_to_whose_turn_it_is():
     assert copies.token_ids_WO.tolist() == [[-1] * 3, out.tolist()]
 
 
+def test_columns_may_have_names():
+    logits = torch.randn(3, 4, generator=seeded(1))
+    names = torch.randint(0, 1000, (3, 4), generator=seeded(2), dtype=torch.int32)
+    got = best(logits, names_OV=names)
+    assert got.tolist() == names.gather(1, logits.argmax(dim=1)[:, None])[:, 0].tolist()
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_of_a_vocabulary_that_ranks_share(rank):
     ranks = Ranks()

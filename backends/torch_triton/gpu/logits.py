@@ -1,12 +1,13 @@
 """Logits of a vocabulary of which each tensor-parallel rank has a part.
 
-Shape letters: O outputs, V vocabulary, P columns of this rank.
+Shape letters: O outputs, V vocabulary, P columns of this rank, R ranks.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..kernels import gather
@@ -35,7 +36,11 @@ class Logits(NamedTuple):
     def best(self, out_O: Tensor | None = None, copies: Copies | None = None) -> Tensor:
         """int32 [O]: the token of the largest logit, the lower of equal ones; see `kernels.best`. All ranks call this
         together."""
-        peers = self.ranks.peers
-        if self.ranks.size == 1 or (peers is not None and takes(self.part_OP, peers)):
+        ranks, peers = self.ranks, self.ranks.peers
+        if ranks.size == 1 or (peers is not None and takes(self.part_OP, peers)):
             return best(self.part_OP, out_O, copies, peers)
-        return best(self.whole(), out_O, copies)
+        own_O1 = best(self.part_OP)[:, None]
+        logit_O1 = self.part_OP.gather(1, own_O1.long())
+        found_OX = ranks.beside(torch.cat([logit_O1.view(torch.int32), own_O1 + self.first], dim=1))
+        logit_OR, token_OR = found_OX.unflatten(1, (ranks.size, 2)).permute(2, 0, 1).contiguous()
+        return best(logit_OR.view(torch.float32), out_O, copies, names_OV=token_OR)

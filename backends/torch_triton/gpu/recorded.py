@@ -131,9 +131,7 @@ class Started(NamedTuple):
 
     turn: Turn
     outputs: int
-    logits_OV: (
-        Tensor | None
-    )  # float32, on the device, with rows for padding; the last stage's, where they are asked for
+    logits_OV: Tensor | None  # float32, on the device, with rows for padding; where asked for, on the last stage
 
     def token_ids_O(self) -> NDArray[np.int32]:
         """When it has ended, on the host."""

@@ -31,8 +31,8 @@ class Copies(NamedTuple):
 
 @triton.jit(do_not_specialize=["V", "RANK"])
 def _best(
-    logits_ptr, stride, share_ptr, index_ptr, counter_ptr, out_ptr, copies_ptr, turn_ptr, V, address_ptr, counts_ptr,
-    RANK, RANKS: tl.constexpr, SHARES: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, stride, share_ptr, index_ptr, counter_ptr, names_ptr, out_ptr, copies_ptr, turn_ptr, V, address_ptr,
+    counts_ptr, RANK, RANKS: tl.constexpr, SHARES: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, shares. The last program of a row to finish compares the shares' best, and those of the ranks."""
     row = tl.program_id(0).to(tl.int64)
@@ -62,6 +62,8 @@ def _best(
         token = tl.min(tl.where(value_S == most, index_S, V), 0)
         if RANKS > 1:
             token = _best_of_ranks(most, token, row, V, memories, own, counts_ptr, number, RANK, RANKS)
+        if names_ptr is not None:
+            token = tl.load(names_ptr + row * V + token)
         tl.store(out_ptr + row, token)
         if copies_ptr is not None:
             tl.store(copies_ptr + tl.load(turn_ptr) * tl.num_programs(0) + row, token)
@@ -98,11 +100,13 @@ def best(
     out_O: torch.Tensor | None = None,
     copies: Copies | None = None,
     ranks: Peers | None = None,
+    names_OV: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """int32 [O]: the column of the largest of float32 logits; the lower of equal ones. In ``out_O``, if given.
 
     ``copies``: written, too, which takes less time than another launch. ``ranks``: whose parts of the vocabulary, each
-    as many columns, are beside each other; all of them call this, and one that never does is waited for.
+    as many columns, are beside each other; all of them call this, and one that never does is waited for. ``names_OV``:
+    int32, what is written of a column instead of its number.
     """
     check(logits_OV.dtype == torch.float32 and logits_OV.stride(1) == 1, f"logits in {logits_OV.dtype}", "best")
     rows, device = len(logits_OV), logits_OV.device
@@ -113,10 +117,13 @@ def best(
     indices = torch.empty(rows, shares, dtype=torch.int32, device=device)
     out = torch.empty(rows, dtype=torch.int32, device=device) if out_O is None else out_O
     check(out.shape == (rows,) and out.is_contiguous(), f"room for {tuple(out.shape)} tokens", "best")
+    named = names_OV is None or (names_OV.shape == logits_OV.shape and names_OV.is_contiguous())
+    check(named, "names must be contiguous, one for each logit", "best")
     check(copies is None or copies.token_ids_WO.shape[1] == rows, f"copies of other than {rows} tokens", "best")
     chip = chip_of(device)
     _best[(rows, shares)](
-        logits_OV, logits_OV.stride(0), values, indices, counters(device), out, *(copies or (None, None)),
+        logits_OV, logits_OV.stride(0), values, indices, counters(device), names_OV, out,
+        *(copies or (None, None)),
         logits_OV.shape[1], *peers.arguments(ranks), RANKS=len(ranks) if ranks else 1, SHARES=shares,
         BLOCK_V=BLOCK_V, PDL=chip.dependent_launch,
         **options(chip, 4),

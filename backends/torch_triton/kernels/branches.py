@@ -12,7 +12,12 @@ import triton.language as tl
 
 from . import peers
 
-_TOGETHER = tl.constexpr(4)  # ranks whose words a program holds at a time: its registers do not hold more
+_HELD = 4  # ranks' words: a program's registers do not hold more
+
+
+def together(ranks: int) -> int:
+    """Of how many ranks a program asks for words at a time."""
+    return _HELD if ranks % _HELD == 0 else ranks
 
 
 @triton.jit
@@ -27,7 +32,7 @@ def parts(branch_ptr, branch_stride_p, k, K, P: tl.constexpr):
 @triton.jit
 def ranks_sum(
     branch_ptr, branch_stride_p, all_G, part_G, t, K, address_ptr, counts_ptr, memories, own, number, P: tl.constexpr,
-    RANK, RANKS: tl.constexpr, TWO_STEPS: tl.constexpr,
+    RANK, RANKS: tl.constexpr, TOGETHER: tl.constexpr, TWO_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Of row ``t``, in FP32 [G, 128]: the groups ``all_G``, and ``part_G``, which this program sends or adds.
 
@@ -40,7 +45,7 @@ def ranks_sum(
     if TWO_STEPS:
         owner = (t % RANKS).to(tl.int32)
         if owner == RANK:
-            sum_GW = _owners_sum(own, place_GW, mask_GW, number, branch_GW, RANK, RANKS)
+            sum_GW = _owners_sum(own, place_GW, mask_GW, number, branch_GW, RANK, RANKS, TOGETHER)
             peers.send(memories, sum_GW, place_GW, mask_GW, number, RANK, RANKS)
         else:
             peers.send_to(tl.load(address_ptr + owner), branch_GW, place_GW, mask_GW, number, RANK, RANKS)
@@ -49,26 +54,25 @@ def ranks_sum(
         peers.send(memories, branch_GW, place_GW, mask_GW, number, RANK, RANKS)
     peers.count_launch(counts_ptr, number, tl.num_programs(0))
     SOURCES: tl.constexpr = 1 if TWO_STEPS else RANKS
-    TOGETHER: tl.constexpr = min(SOURCES, _TOGETHER)
+    LOOKED: tl.constexpr = 1 if TWO_STEPS else TOGETHER
     all_sum, part_sum = _zeros(all_mask_GW), _zeros(mask_GW)
-    for first in tl.static_range(0, SOURCES, TOGETHER):
+    for first in tl.static_range(0, SOURCES, LOOKED):
         if all_G.shape == part_G.shape:
-            found = peers.received(own, place_GW, mask_GW, number, owner + first, -1, TOGETHER, RANKS)
+            found = peers.received(own, place_GW, mask_GW, number, owner + first, -1, LOOKED, RANKS)
         else:
             found, in_part = peers.received_both(
-                own, all_place_GW, all_mask_GW, place_GW, mask_GW, number, owner + first, TOGETHER, RANKS
+                own, all_place_GW, all_mask_GW, place_GW, mask_GW, number, owner + first, LOOKED, RANKS
             )
-            part_sum = _add(part_sum, in_part, TOGETHER)
-        all_sum = _add(all_sum, found, TOGETHER)
+            part_sum = _add(part_sum, in_part, LOOKED)
+        all_sum = _add(all_sum, found, LOOKED)
     all_GX = _channels(all_sum)
     part_GX = all_GX if all_G.shape == part_G.shape else _channels(part_sum)
     return all_GX, part_GX
 
 
 @triton.jit
-def _owners_sum(own, place_GW, mask_GW, number, branch_GW, RANK, RANKS: tl.constexpr):
+def _owners_sum(own, place_GW, mask_GW, number, branch_GW, RANK, RANKS: tl.constexpr, TOGETHER: tl.constexpr):
     """Words of the sum of what all ranks send this one, which sends itself none."""
-    TOGETHER: tl.constexpr = min(RANKS, _TOGETHER)
     total = _zeros(mask_GW)
     for first in tl.static_range(0, RANKS, TOGETHER):
         found = peers.received(own, place_GW, mask_GW, number, first, RANK, TOGETHER, RANKS)

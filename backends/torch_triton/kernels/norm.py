@@ -33,7 +33,7 @@ def _add_norm_quantise(
     codes_ptr, scales_ptr, scales_stride, address_ptr, counts_ptr, RANK, eps, K, P: tl.constexpr, RANKS: tl.constexpr,
     ADD: tl.constexpr, PLAIN: tl.constexpr, FORM: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr,
     INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, SHARES: tl.constexpr,
-    TWO_STEPS: tl.constexpr, PDL: tl.constexpr,
+    TOGETHER: tl.constexpr, TWO_STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: parts of rows, those of a row together. Each program sums the squares of the whole row: the costly rest is
     shared out."""
@@ -60,7 +60,7 @@ def _add_norm_quantise(
     if RANKS > 1:
         row_GX, part_GX = branches.ranks_sum(
             branch_ptr, branch_stride_p, all_G, group_G, t, K, address_ptr, counts_ptr, memories, own, number, P, RANK,
-            RANKS, TWO_STEPS,
+            RANKS, TOGETHER, TWO_STEPS,
         )  # fmt: skip
     else:
         row_GX = branches.parts(branch_ptr, branch_stride_p, all_GX, K, P)
@@ -137,16 +137,16 @@ def add_norm_quantise(
     )
     block = max(GROUP, power_of_2(channels))
     part = norm_part(tokens, channels, parts, ranks is not None, chip)
-    shares = cdiv(channels, part)
+    shares, count = cdiv(channels, part), 1 if ranks is None else len(ranks)
+    two_steps = ranks is not None and not ranks.takes(tokens * channels // 2)
     _add_norm_quantise[(tokens * shares,)](
         branch_TPK, branch_TPK.stride(0), branch_TPK.stride(1) if branch_TPK.dim() == 3 else 0,
         residual_TK, residual_TK.stride(0) if residual_TK is not None else 0, weight_K, out.residual, out.plain,
         out.quantised.codes.view(_CARRIERS[quantise]) if quantise and out.quantised else None,
         out.quantised.scales if out.quantised else None, tokens, *peers.arguments(ranks), eps, channels,
-        P=parts, RANKS=len(ranks) if ranks else 1, ADD=residual_TK is not None, PLAIN=plain, FORM=quantise,
-        UE8M0=ue8m0, FNUZ=chip.fnuz, INSTRUCTION=chip.encodes_fp8, BLOCK=block, PART=part, SHARES=shares,
-        TWO_STEPS=ranks is not None and not ranks.takes(tokens * channels // 2), PDL=chip.dependent_launch,
-        **options(chip, warps=norm_warps(block, len(ranks) if ranks else 1)),
+        P=parts, RANKS=count, ADD=residual_TK is not None, PLAIN=plain, FORM=quantise, UE8M0=ue8m0, FNUZ=chip.fnuz,
+        INSTRUCTION=chip.encodes_fp8, BLOCK=block, PART=part, SHARES=shares, TOGETHER=branches.together(count),
+        TWO_STEPS=two_steps, PDL=chip.dependent_launch, **options(chip, warps=norm_warps(block, count)),
     )  # fmt: skip
     return out
 
