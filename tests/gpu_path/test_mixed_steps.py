@@ -96,11 +96,12 @@ def test_sizes():
         counts = np.full(len(pieces), outputs, np.int32)
         return mixed_size(replace(step_batch(tokens), num_outputs_B=counts), expanded)
 
-    assert size((0, 5)) == size((0, 64)) == MixedSize(64, 64, 0, 1)
-    assert size((0, 65)) == size((0, 96)) == MixedSize(96, 96, 0, 1)
-    assert size((0, 97)) == size((0, 128)) == MixedSize(128, 128, 0, 1)
+    assert size((0, 5)) == size((0, 16)) == MixedSize(16, 16, 0, 1)
+    assert size((0, 17)) == size((0, 32)) == MixedSize(32, 32, 0, 1)
+    assert size((0, 257)) == size((0, 288)) == MixedSize(288, 288, 0, 1)
     assert size((0, 1024)) == MixedSize(1024, 1024, 0, 1)
-    assert size((3, 1), (3, 1), (3, 1), (0, 20), (50, 20)) == MixedSize(64, 96, 4, 2)
+    assert size((0, 1025)) == size((0, 1152)) == MixedSize(1152, 1152, 0, 1)
+    assert size((3, 1), (3, 1), (3, 1), (0, 20), (50, 20)) == MixedSize(48, 96, 4, 2)
     assert size((3, 1)) is None
     assert size((0, 20), (3, 2)) is None
     assert size((0, 20), outputs=2) is None
