@@ -19,6 +19,7 @@ from ....configs.schema import RunConfig
 from ...base import IntArray, StepBatch, output_rows
 from ..kernels.prompt_attention import TILE_QUERIES, Tile
 from ..plan import ABSORBED_QUERIES, places_of, visible_slots
+from .words import HostWords, parts_of, room_for
 
 _MULTIPLE = 8  # rows of a step with prompts: what cuBLASLt wants of scaled operands
 
@@ -120,18 +121,15 @@ def mixed_step(
 
 
 def send_together(arrays: Sequence[NDArray], device: torch.device) -> list[Tensor]:
-    """Integers and FP32 numbers, as 32-bit tensors on the device after one transfer, for which nobody waits.
-
-    Each begins at a multiple of 16 bytes: kernels are compiled for pointers that do, or for others.
-    """
+    """Integers and FP32 numbers, as 32-bit tensors on the device after one transfer, for which nobody waits."""
     parts = [np.ascontiguousarray(part, np.float32 if part.dtype.kind == "f" else np.int32) for part in arrays]
-    sizes = [-(-part.size // 4) * 4 for part in parts]
-    words = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type != "cpu")
-    for part, room in zip(parts, words.split(sizes), strict=True):
-        room[: part.size].numpy()[:] = part.reshape(-1).view(np.int32)
-    sent = words.to(device, non_blocking=True).split(sizes)
+    counts = [part.size for part in parts]
+    words = torch.empty(room_for(counts), dtype=torch.int32, pin_memory=device.type != "cpu")
+    for part, room in zip(parts, parts_of(words, counts), strict=True):
+        room.numpy()[:] = part.reshape(-1).view(np.int32)
+    sent = parts_of(words.to(device, non_blocking=True), counts)
     types = [torch.float32 if part.dtype.kind == "f" else torch.int32 for part in parts]
-    return [room[: part.size].view(kind).view(part.shape) for part, room, kind in zip(parts, sent, types, strict=True)]
+    return [found.view(kind).view(part.shape) for part, found, kind in zip(parts, sent, types, strict=True)]
 
 
 def absorbed_arrays(batch: StepBatch, sequences_B: NDArray[np.int64], queries: int) -> tuple[NDArray, NDArray, NDArray]:
@@ -184,25 +182,22 @@ class DecodeBuffers:
         slots.fill_(-1)  # a first run, before there are inputs, writes nothing
         decode = Absorbed(slice(None), table.view(sequences, width), lengths, longest)
         self.step = Step(token_ids, positions, slots, decode=decode)
-        temperature, top_k, top_p, seed = sampling
-        self.sampling = SamplingNumbers(
-            positions, temperature.view(torch.float32), top_k, top_p.view(torch.float32), seed
-        )
+        self.sampling = SamplingNumbers.of_words(positions, *sampling)
 
     def host(self, turn: int) -> HostInputs:
         """Room for them on the host, which tells the device whose ``turn`` it is."""
         return HostInputs(self._held, self._sizes, self.queries, turn)
 
 
-class HostInputs:
-    """The inputs of a decode step, written on the host and sent in one transfer.
+class HostInputs(HostWords):
+    """The inputs of a decode step on the host.
 
     Rows past the batch are padding: they write nothing, see nothing, and their tokens are not read.
     """
 
     def __init__(self, device_words: Tensor, sizes: list[int], queries: int, turn: int):
-        self._device_words, self._queries = device_words, queries
-        self._words = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device_words.device.type != "cpu")
+        super().__init__(device_words)
+        self._queries = queries
         parts = [part.numpy() for part in self._words.split(sizes)]
         self._token_ids_T, self._positions_T, self._slots_T = parts[:3]
         self._sampling_T = parts[3:7]
@@ -229,10 +224,6 @@ class HostInputs:
             for part, values_B in zip(self._sampling_T, numbers, strict=True):
                 part[:tokens] = np.repeat(values_B, self._queries).view(np.int32)
 
-    def send(self) -> None:
-        """To the device, after all that was started before."""
-        self._device_words.copy_(self._words, non_blocking=True)
-
 
 @dataclass(frozen=True)
 class SamplingNumbers:
@@ -247,10 +238,22 @@ class SamplingNumbers:
     top_p_O: Tensor
     seed_O: Tensor
 
+    @classmethod
+    def of_words(
+        cls, position_O: Tensor, temperature_O: Tensor, top_k_O: Tensor, top_p_O: Tensor, seed_O: Tensor
+    ) -> SamplingNumbers:
+        """All of them int32, FP32 numbers by their bits."""
+        return cls(position_O, temperature_O.view(torch.float32), top_k_O, top_p_O.view(torch.float32), seed_O)
+
 
 def sampling_numbers(batch: StepBatch, device: torch.device) -> SamplingNumbers:
     """Of a step's outputs."""
+    return SamplingNumbers(*send_together(sampling_arrays(batch), device))
+
+
+def sampling_arrays(batch: StepBatch) -> list[NDArray]:
+    """Of a step's outputs, in the order of `SamplingNumbers`."""
     chosen = batch.sampling
     _, sequence_O, position_O = output_rows(batch)
     by_sequence = chosen.temperature_B, chosen.top_k_B, chosen.top_p_B, chosen.seed_B.view(np.int32)
-    return SamplingNumbers(*send_together([position_O, *(values_B[sequence_O] for values_B in by_sequence)], device))
+    return [position_O, *(values_B[sequence_O] for values_B in by_sequence)]

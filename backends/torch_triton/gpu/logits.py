@@ -26,12 +26,12 @@ class Logits(NamedTuple):
         """Where in the vocabulary this part begins."""
         return self.ranks.index * self.part_OP.shape[1]
 
-    def whole(self) -> Tensor:
-        """float32 [O, V], on all ranks, which call this together."""
+    def joined(self) -> Logits:
+        """With all columns, on all ranks, which call this together; not after `best`, whose launch sends, too."""
         peers = self.ranks.peers
         if peers is not None and gather.takes(self.part_OP, peers):
-            return gather.beside(self.part_OP, peers)
-        return self.ranks.beside(self.part_OP)
+            return Logits(gather.beside(self.part_OP, peers))
+        return Logits(self.ranks.beside(self.part_OP))
 
     def best(self, out_O: Tensor | None = None, copies: Copies | None = None) -> Tensor:
         """int32 [O]: the token of the largest logit, the lower of equal ones; see `kernels.best`. All ranks call this

@@ -13,13 +13,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....configs.schema import RunConfig
 from ...base import StepBatch, output_rows
 from ..kernels.prompt_attention import TILE_QUERIES, Tile
 from ..kernels.sizes import power_of_2
 from ..plan import ABSORBED_QUERIES
-from .inputs import Absorbed, Prompts, SamplingNumbers, Step, absorbed_arrays, positions_and_slots, prompt_arrays
+from .inputs import (
+    Absorbed,
+    Prompts,
+    SamplingNumbers,
+    Step,
+    absorbed_arrays,
+    positions_and_slots,
+    prompt_arrays,
+    sampling_arrays,
+)
+from .words import HostWords, parts_of, room_for
 
-TOKENS = 2048  # of the longest step in such a size, and half the positions: longer ones keep a GPU busy
+RECORDED_TOKENS = 2048  # of the longest step in such a size, and half the positions: longer ones keep a GPU busy
 _LEAST = 16
 
 
@@ -41,13 +52,18 @@ class MixedSize(NamedTuple):
         return self.tokens // TILE_QUERIES + self.prompts
 
 
+def records_mixed(run: RunConfig) -> bool:
+    """Whether steps with prompts are recorded: where every rank has all tokens and outputs."""
+    return run.engine.graphs and run.parallel.dp == run.parallel.pp == 1
+
+
 def mixed_size(batch: StepBatch, expanded: int) -> MixedSize | None:
     """The size that holds ``batch``; None if none does. ``expanded`` positions have keys and values at a time."""
     lens_B = batch.query_lens_B
     is_prompt_B, is_decoding_B = lens_B > ABSORBED_QUERIES, lens_B == 1
     tokens, positions = len(batch.token_ids_T), int((batch.context_lens_B + lens_B)[is_prompt_B].sum())
     alike = (is_prompt_B | is_decoding_B).all() and (batch.num_outputs_B <= 1).all()
-    if not is_prompt_B.any() or not alike or tokens > TOKENS or positions > min(expanded, 2 * TOKENS):
+    if not is_prompt_B.any() or not alike or tokens > RECORDED_TOKENS or positions > min(expanded, 2 * RECORDED_TOKENS):
         return None
     decoding, prompts = int(is_decoding_B.sum()), int(is_prompt_B.sum())
     rows = _padded(tokens)
@@ -64,16 +80,14 @@ class MixedBuffers:
     """The inputs of a step of ``size``, at fixed addresses on the device; ``width``: blocks of a sequence."""
 
     def __init__(self, size: MixedSize, width: int, longest: int, device: torch.device):
-        self.size, self.device, self.outputs = size, device, size.outputs
+        self.device, self.outputs = device, size.outputs
         decoding, outputs = size.decoding, size.outputs
         self._counts = [
             *[size.tokens] * 3, outputs, decoding, decoding * width, decoding, size.positions, 4 * size.tiles,
             *[outputs] * 5, 1,
         ]  # fmt: skip
-        # Each begins at a multiple of 16 bytes: kernels are compiled for pointers that do, or for others.
-        self._rooms = [-(-count // 4) * 4 for count in self._counts]
-        self._held = torch.zeros(sum(self._rooms), dtype=torch.int32, device=device)
-        parts = _parts(self._held, self._rooms, self._counts)
+        self._held = torch.zeros(room_for(self._counts), dtype=torch.int32, device=device)
+        parts = parts_of(self._held, self._counts)
         token_ids, positions, slots, rows_O, rows_A, table, lengths, prompt_slots, tiles, *sampling, self.turn = parts
         tiles_U = tiles.view(-1, 4)
         slots.fill_(-1)  # a first run, before there are inputs, writes nothing,
@@ -83,23 +97,19 @@ class MixedBuffers:
         self.step = Step(
             token_ids, positions, slots, rows_O, absorbed=(absorbed,) if decoding else (), prompts=(prompts,)
         )
-        position, temperature, top_k, top_p, seed = sampling
-        self.sampling = SamplingNumbers(
-            position, temperature.view(torch.float32), top_k, top_p.view(torch.float32), seed
-        )
+        self.sampling = SamplingNumbers.of_words(*sampling)
 
     def host(self, turn: int) -> MixedInputs:
         """Room for them on the host, which tells the device whose ``turn`` it is."""
-        return MixedInputs(self._held, self._rooms, self._counts, turn)
+        return MixedInputs(self._held, self._counts, turn)
 
 
-class MixedInputs:
-    """The inputs of such a step, written on the host and sent in one transfer."""
+class MixedInputs(HostWords):
+    """The inputs of such a step on the host."""
 
-    def __init__(self, device_words: Tensor, rooms: list[int], counts: list[int], turn: int):
-        self._device_words = device_words
-        self._words = torch.zeros(sum(rooms), dtype=torch.int32, pin_memory=device_words.device.type != "cpu")
-        self._parts = [part.numpy() for part in _parts(self._words, rooms, counts)]
+    def __init__(self, device_words: Tensor, counts: list[int], turn: int):
+        super().__init__(device_words)
+        self._parts = [part.numpy() for part in parts_of(self._words, counts)]
         self._parts[-1][:] = turn
 
     def fill(self, batch: StepBatch, block_size: int) -> None:
@@ -109,7 +119,7 @@ class MixedInputs:
         _put(token_ids, batch.token_ids_T, 0)
         _put(positions, positions_T, 0)
         _put(slots, slots_T, -1)
-        rows_O, sequence_O, position_O = output_rows(batch)
+        rows_O, _, _ = output_rows(batch)
         _repeat(rows, rows_O)
         decoding_B = np.flatnonzero(batch.query_lens_B == 1)
         if len(decoding_B):
@@ -123,18 +133,8 @@ class MixedInputs:
         slots_S, tiles_U = prompt_arrays(batch, prompts_B.tolist(), block_size)
         _repeat(prompt_slots, slots_S)
         _repeat(tiles.reshape(-1, 4), tiles_U)
-        chosen = batch.sampling
-        numbers = chosen.temperature_B, chosen.top_k_B, chosen.top_p_B, chosen.seed_B
-        for part, values_O in zip(sampling, (position_O, *(values_B[sequence_O] for values_B in numbers)), strict=True):
+        for part, values_O in zip(sampling, sampling_arrays(batch), strict=True):
             _repeat(part, values_O.view(np.int32))
-
-    def send(self) -> None:
-        """To the device, after all that was started before."""
-        self._device_words.copy_(self._words, non_blocking=True)
-
-
-def _parts(words: Tensor, rooms: list[int], counts: list[int]) -> list[Tensor]:
-    return [room[:count] for room, count in zip(words.split(rooms), counts, strict=True)]
 
 
 def _put(room: NDArray[np.int32], values: NDArray, filler: int) -> None:

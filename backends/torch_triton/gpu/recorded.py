@@ -99,8 +99,10 @@ class RecordedStep:
         if not self._model.is_last_stage:
             return None
         logits = self._model.logits(stream if step.rows_O is None else stream.rows(step.rows_O))
+        if self._keeps_logits:
+            logits = logits.joined()
         draw(logits, self._buffers.sampling, self._how, self._last_O, self._copies)
-        return logits.whole() if self._keeps_logits else None
+        return logits.part_OP if self._keeps_logits else None
 
 
 class Turn:

@@ -111,16 +111,20 @@ class GpuRunner:
         share = share_of(batch, self._mesh, self._replica_blocks)
         queries = None if batch.draft else same_queries(batch)
         how = draw_of(batch.sampling)
-        if queries is None and self.starts_ahead and not (batch.draft or batch.return_logits):
-            found = self._mixed_steps.start(batch, how)
-            if found is not None:
-                return Queued(found)
         if queries is None:
-            return Done(whole_result(share, self._mixed(share, how), self._mesh, self.spec.vocab_size))
+            return self._start_mixed(share, how)
         started = self._decode.start(share.batch, max(share.tokens) // queries, queries, how)
         if self.starts_ahead and not batch.return_logits:
             return Queued(started)
         return Done(whole_result(share, self._decoded(share, started), self._mesh, self.spec.vocab_size))
+
+    def _start_mixed(self, share: Share, how: Draw) -> Pending:
+        batch = share.batch
+        if not (batch.draft or batch.return_logits):
+            started = self._mixed_steps.start(batch, how)
+            if started is not None:
+                return Queued(started)
+        return Done(whole_result(share, self._mixed(share, how), self._mesh, self.spec.vocab_size))
 
     @torch.inference_mode()
     def experts_hit(self, batch: StepBatch) -> list[int]:
@@ -146,10 +150,9 @@ class GpuRunner:
         """This replica's outputs, on the last stage."""
         if not self._mesh.is_last_stage:
             return None
-        logits_OV = started.logits_OV
-        return StepResult(
-            started.token_ids_O(), None if logits_OV is None else logits_OV[: started.outputs].cpu().numpy()
-        )
+        kept_OV = started.logits_OV
+        logits_OV = None if kept_OV is None else kept_OV[: started.outputs].cpu().numpy()
+        return StepResult(started.token_ids_O(), logits_OV)
 
     def _mixed(self, share: Share, how: Draw) -> StepResult | None:
         """This replica's outputs, on the last stage."""
@@ -162,22 +165,25 @@ class GpuRunner:
         if not model.is_last_stage:
             return None
         outputs = len(step.rows_O)
-        logits_OV = torch.empty(0, self.spec.vocab_size, device=self._device)
+        logits_OV = np.empty((0, self.spec.vocab_size), np.float32)
         if outputs:
             logits = model.logits(stream.rows(step.rows_O))
+            if batch.return_logits:
+                logits = logits.joined()
+                logits_OV = logits.part_OP.cpu().numpy()
             draw(logits, numbers, how, model.last_O[:outputs])
-            logits_OV = logits.whole() if batch.return_logits else logits_OV
         token_ids = np.array(model.last_O[:outputs].cpu())  # the next step overwrites them
         drafts = None
         if batch.draft:
             next_T = np.zeros(len(step.token_ids_T), np.int32)
             next_T[: len(batch.token_ids_T)] = next_tokens(batch, output_rows(batch)[0], token_ids)
             drafts = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), step.rows_O, step)
+            drafts = drafts.joined() if batch.return_logits else drafts
         return StepResult(
             token_ids_O=token_ids,
-            logits_OV=logits_OV.cpu().numpy() if batch.return_logits else None,
+            logits_OV=logits_OV if batch.return_logits else None,
             draft_token_ids_O=None if drafts is None else drafts.best().cpu().numpy(),
-            draft_logits_OV=drafts.whole().cpu().numpy() if drafts is not None and batch.return_logits else None,
+            draft_logits_OV=drafts.part_OP.cpu().numpy() if drafts is not None and batch.return_logits else None,
         )
 
     def _mixed_step(self, batch: StepBatch, tokens: int) -> Step:

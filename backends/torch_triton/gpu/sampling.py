@@ -51,7 +51,7 @@ def draw(
         return logits.best(out_O, copies)
     assert numbers is not None, "drawing needs them"
     if how is Draw.FILTERED:
-        logits = Logits(logits.whole())
+        logits = logits.joined()
     logits_OP = logits.part_OP
     random_O1 = (numbers.temperature_O > 0)[:, None]
     scaled_OP = logits_OP / numbers.temperature_O[:, None].where(random_O1, 1.0)

@@ -122,10 +122,8 @@ def best(
     check(copies is None or copies.token_ids_WO.shape[1] == rows, f"copies of other than {rows} tokens", "best")
     chip = chip_of(device)
     _best[(rows, shares)](
-        logits_OV, logits_OV.stride(0), values, indices, counters(device), names_OV, out,
-        *(copies or (None, None)),
-        logits_OV.shape[1], *peers.arguments(ranks), RANKS=len(ranks) if ranks else 1, SHARES=shares,
-        BLOCK_V=BLOCK_V, PDL=chip.dependent_launch,
-        **options(chip, 4),
+        logits_OV, logits_OV.stride(0), values, indices, counters(device), names_OV, out, *(copies or (None, None)),
+        logits_OV.shape[1], *peers.arguments(ranks), RANKS=1 if ranks is None else len(ranks), SHARES=shares,
+        BLOCK_V=BLOCK_V, PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip
     return out

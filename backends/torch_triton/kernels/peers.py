@@ -34,7 +34,7 @@ class Peers:
         return len(self.addresses_R)
 
     def takes(self, words: int) -> bool:
-        """Whether a launch may send so many to each rank: they fit, and a library is not faster."""
+        """Whether a launch may send so many to each rank: they fit, and nothing else is faster."""
         return words * max(1, len(self) - 1) <= ROOM
 
     def takes_in_two_steps(self, words: int) -> bool:
