@@ -89,14 +89,27 @@ class Timer:
         return statistics.mean(hit) if hit else None
 
     def _fill(self, sequences: int, tokens: int) -> float:
-        """Feed the prompts, as many whole ones in a step as ``tokens_per_step`` allows, or chunks of a longer one."""
+        """Feed the prompts, as many whole ones in a step as ``tokens_per_step`` allows, or chunks of a longer one.
+
+        As the engine does, a runner that can is given each step before the one ahead of it has ended.
+        """
         together, chunk = max(1, self._tokens_per_step // tokens), min(tokens, self._tokens_per_step)
         start = time.perf_counter()
+        pending = None
         for sequence in range(0, sequences, together):
             rows = slice(sequence, min(sequence + together, sequences))
             for first in range(0, tokens, chunk):
                 last = min(first + chunk, tokens)
-                self._step(self._tokens_BT[rows, first:last], sequence, first, outputs=int(last == tokens))
+                self._last = self._batch(self._tokens_BT[rows, first:last], sequence, first, int(last == tokens))
+                if not starts_ahead(self._runner):
+                    self._runner.step(self._last)
+                    continue
+                following = self._runner.start(self._last)
+                if pending is not None:
+                    pending.result()
+                pending = following
+        if pending is not None:
+            pending.result()
         return time.perf_counter() - start
 
     def _step(self, tokens_BT: IntArray, sequence: int, position: int, outputs: int) -> IntArray:

@@ -119,7 +119,8 @@ class Engine:
             token_id = next(tokens) if chunk.yields else None
             if chunk.request.request_id not in self._requests:
                 continue
-            self.scheduler.publish(chunk)
+            if chunk.output is not None:  # its token was not known before
+                self.scheduler.publish(chunk)
             if token_id is not None:
                 events.append(self._accept(chunk.request, token_id))
         return events
@@ -128,9 +129,13 @@ class Engine:
         if not chunks:
             return None
         batch = step_batch(chunks)
+        result: Callable[[], StepResult] = partial(self._runner.step, batch)
         if starts_ahead(self._runner):
-            return _Running(chunks, self._runner.start(batch).result)
-        return _Running(chunks, partial(self._runner.step, batch))
+            result = self._runner.start(batch).result
+        for chunk in chunks:
+            if chunk.output is None:
+                self.scheduler.publish(chunk)  # steps run in order: whoever shares these blocks reads them later
+        return _Running(chunks, result)
 
     def _accept(self, request: Request, token_id: int) -> Event:
         """Add a sampled token to its request, or end the request."""

@@ -74,22 +74,32 @@ class Scheduler:
         return chunks
 
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """The step after ``chunks``, which run: the token that each of them yields.
+        """The step after ``chunks``, which run: the token that each of them yields, or more of its prompt.
 
-        None of them when that would not be the next step of `schedule`, or might not: a request could be admitted, a
-        prompt has chunks left, or blocks are lacking. Requests that end with the token that they wait for are left out.
+        Requests that end with the token that they wait for are left out. Nothing is preempted: the step is empty where
+        blocks are lacking.
         """
-        can_admit = self.waiting and len(self.running) < self._max_batch
-        outputs = {id(chunk.request): output for output, chunk in enumerate(chunks) if chunk.yields}
-        if can_admit or len(outputs) < len(chunks) or not all(id(request) in outputs for request in self.running):
-            return []
-        continued = [request for request in self.running if request.computed + 1 < request.max_tokens]
-        if not all(self._add_blocks(request, request.computed + 1) for request in continued):
-            return []
-        return [_next_chunk(request, 1, outputs[id(request)]) for request in continued]
+        outputs = {id(chunk.request): output for output, chunk in enumerate(c for c in chunks if c.yields)}
+        planned: list[tuple[Request, int, int | None]] = []
+        budget = self._max_batch_tokens
+        for request in self.running:
+            output = outputs.get(id(request))
+            if output is not None and request.computed + 1 == request.max_tokens:
+                continue
+            if not budget:
+                break
+            tokens = 1 if output is not None else min(len(request.token_ids) - request.computed, budget)
+            if not self._add_blocks(request, request.computed + tokens):
+                return []
+            planned.append((request, tokens, output))
+            budget -= tokens
+        while budget and (admitted := self._admit()):
+            planned.append((admitted, min(len(admitted.token_ids) - admitted.computed, budget), None))
+            budget -= planned[-1][1]
+        return [_next_chunk(*part) for part in planned]
 
     def publish(self, chunk: Chunk) -> None:
-        """Let others share the blocks that a finished chunk filled."""
+        """Let others share the blocks that a chunk of known tokens fills, once its step comes before theirs."""
         request, cache = chunk.request, self.caches[chunk.request.replica]
         if not cache.prefix_cache:
             return

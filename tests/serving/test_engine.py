@@ -155,7 +155,7 @@ def test_requests_come_stop_and_are_aborted_at_any_time(kv_blocks):
     for request_id in expected.keys() - aborted:
         assert got[request_id] == expected[request_id]
     assert all(cache.free_blocks == cache.num_blocks for cache in engine.scheduler.caches)
-    assert runner.most_unfinished == (2 if runner.starts_ahead else 0)
+    assert max(runner.found_unfinished, default=0) == runner.starts_ahead
 
 
 def test_first_come_first_served_and_max_batch():
@@ -181,6 +181,29 @@ def test_a_known_prefix_is_not_computed_again():
     assert runner.steps[before].context_lens_B.tolist() == [16, 12]
     assert runner.steps[before].query_lens_B.tolist() == [2, 4]
     assert list(done.values()) == [(greedy([*prefix, 41, 42], 2), "length"), (greedy(prefix, 2), "length")]
+
+
+def test_who_is_admitted_while_a_step_runs_shares_what_it_computes():
+    engine, runner = make_engine(max_batch_tokens=20)
+    prefix = list(range(16))
+    for last in (40, 41):
+        engine.add_request([*prefix, last, 7, 7, 7], SamplingParams(), 2)
+    done = drain(engine)
+    assert [step.context_lens_B.tolist() for step in runner.steps[:2]] == [[0], [20, 16]]
+    assert list(done.values()) == [(greedy([*prefix, last, 7, 7, 7], 2), "length") for last in (40, 41)]
+
+
+def test_prompts_that_wait_and_their_chunks_are_started_ahead():
+    engine, runner = make_engine(max_batch=3, max_batch_tokens=8)
+    wanted = {}
+    for seed, prompt in enumerate(prompts(7, longest=30)):
+        wanted[engine.add_request(prompt, SamplingParams(), 2 + seed)] = (greedy(prompt, 2 + seed), "length")
+    assert drain(engine) == wanted
+    lengths = [step.query_lens_B.tolist() for step in runner.steps]
+    assert all(sum(queries) == 8 for queries in lengths if max(queries) == 8)
+    if runner.starts_ahead:
+        waits = [position for position, found in enumerate(runner.found_unfinished) if not found]
+        assert waits == [0], "a step with something to do behind it was waited for"
 
 
 def test_generated_tokens_serve_the_next_turn():

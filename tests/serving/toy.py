@@ -21,7 +21,7 @@ class ToyRunner:
         self.kv_blocks = kv_blocks
         self.block_size = block_size
         self.starts_ahead = starts_ahead
-        self.most_unfinished = 0
+        self.found_unfinished: list[int] = []  # steps, when each was started
         self._unfinished = 0
         self._last_O = np.zeros(0, np.int32)
         self.steps: list[StepBatch] = []
@@ -39,8 +39,8 @@ class ToyRunner:
         known_T[known_T < 0] = self._last_O[-1 - known_T[known_T < 0]]
         result = self.step(replace(batch, token_ids_T=known_T))
         self._last_O = result.token_ids_O
+        self.found_unfinished.append(self._unfinished)
         self._unfinished += 1
-        self.most_unfinished = max(self.most_unfinished, self._unfinished)
         return Started(self, result)
 
     def step(self, batch: StepBatch) -> StepResult:

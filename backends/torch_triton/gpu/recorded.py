@@ -70,13 +70,13 @@ class RecordedStep:
         else:
             graph, logits_OV = self._recorded
             graph.replay()
-        turn.end()
-        return Started(turn, int(batch.num_outputs_B.sum()), logits_OV)
+        turn.tokens.end()
+        return Started(turn.tokens, int(batch.num_outputs_B.sum()), logits_OV)
 
     def wait(self) -> None:
         """Until what was started has ended."""
         for turn in self._turns:
-            turn.wait()
+            turn.tokens.wait()
 
     def first_run(self) -> None:
         """Without inputs: it compiles kernels and allocates what outlives a step; cache and outputs of others stay."""
@@ -105,37 +105,57 @@ class RecordedStep:
         return logits.part_OP if self._keeps_logits else None
 
 
-class Turn:
-    """What a started step needs on the host until it has ended, when its tokens are in ``token_ids_O``."""
+class Tokens:
+    """A step's outputs on the host, which are there when it has ended."""
 
-    def __init__(self, buffers: Buffers, turn: int, token_ids_O: Tensor):
-        self._inputs = buffers.host(turn)
-        self.token_ids_O = token_ids_O
-        self._ended = torch.get_device_module(buffers.device).Event() if buffers.device.type != "cpu" else None
+    def __init__(self, token_ids_O: Tensor, device: torch.device):
+        self._token_ids_O = token_ids_O
+        self._ended = torch.get_device_module(device).Event() if device.type != "cpu" else None
 
-    def begin(self, batch: StepBatch, block_size: int) -> None:
-        self.wait()
-        self._inputs.fill(batch, block_size)
-        self._inputs.send()
+    @classmethod
+    def copied(cls, token_ids_O: Tensor) -> Tokens:
+        """Of a step whose launches were all queued."""
+        pinned = token_ids_O.device.type != "cpu"
+        copy_O = torch.empty(token_ids_O.shape, dtype=torch.int32, pin_memory=pinned)
+        tokens = cls(copy_O.copy_(token_ids_O, non_blocking=True), token_ids_O.device)
+        tokens.end()
+        return tokens
 
     def end(self) -> None:
+        """All of the step has been queued."""
         if self._ended is not None:
             self._ended.record()
 
     def wait(self) -> None:
-        """For the end of the step that had this turn last, if any."""
+        """For the end of the step that these were queued for last, if any."""
         if self._ended is not None:
             self._ended.synchronize()
 
+    def read(self, outputs: int) -> NDArray[np.int32]:
+        self.wait()
+        return self._token_ids_O[:outputs].numpy().copy()
+
+
+class Turn:
+    """What a started step needs on the host until it has ended."""
+
+    def __init__(self, buffers: Buffers, turn: int, token_ids_O: Tensor):
+        self._inputs = buffers.host(turn)
+        self.tokens = Tokens(token_ids_O, buffers.device)
+
+    def begin(self, batch: StepBatch, block_size: int) -> None:
+        self.tokens.wait()
+        self._inputs.fill(batch, block_size)
+        self._inputs.send()
+
 
 class Started(NamedTuple):
-    """A step that was queued. Of its size, the one after the next overwrites its tokens, the next its logits."""
+    """A step that was queued. Of a recorded size, the one after the next overwrites its tokens, the next its logits."""
 
-    turn: Turn
+    tokens: Tokens
     outputs: int
-    logits_OV: Tensor | None  # float32, on the device, with rows for padding; where asked for, on the last stage
+    logits_OV: Tensor | None = None  # float32, on the device, with rows for padding; where asked for, on the last stage
 
     def token_ids_O(self) -> NDArray[np.int32]:
         """When it has ended, on the host."""
-        self.turn.wait()
-        return self.turn.token_ids_O[: self.outputs].numpy().copy()
+        return self.tokens.read(self.outputs)

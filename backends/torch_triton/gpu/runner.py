@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ....configs.schema import RunConfig
 from ....models.errors import InputError
 from ....models.holding import Holding, check_groups
 from ....models.sharding import check_divides, shards, stage_layers
 from ....models.spec import ModelSpec
-from ...base import Pending, StepBatch, StepResult, Weights, next_tokens, output_rows, stored_as
+from ...base import IntArray, Pending, StepBatch, StepResult, Weights, next_tokens, output_rows, stored_as
 from ...limits import check_supported
 from ..cache import empty_cache
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
@@ -29,8 +31,9 @@ from ..replicas import Share, share_of, whole_result
 from .graphs import DecodeSteps, MixedSteps, Recorder
 from .inputs import Step, expanded_positions, mixed_step, same_queries, sampling_numbers
 from .loader import Loader
-from .model import Model
-from .recorded import Started
+from .logits import Logits
+from .model import Model, Stream
+from .recorded import Started, Tokens
 from .room import blocks_that_fit, check_weights_fit
 from .sampling import Draw, draw, draw_of
 from .source import DeviceTensors, DrawnTensors, StoredTensors
@@ -105,7 +108,9 @@ class GpuRunner:
 
     @torch.inference_mode()
     def start(self, batch: StepBatch) -> Pending:
-        """Recorded steps are queued; others have run when this returns, as does one whose logits are asked for."""
+        """Steps whose tokens are all that is asked for are queued where every rank has them; others have run when this
+        returns.
+        """
         if batch.draft and not self._has_mtp:
             raise InputError("no MTP layer", "draft", "use a checkpoint that has one, or do not ask for drafts")
         share = share_of(batch, self._mesh, self._replica_blocks)
@@ -120,11 +125,9 @@ class GpuRunner:
 
     def _start_mixed(self, share: Share, how: Draw) -> Pending:
         batch = share.batch
-        if not (batch.draft or batch.return_logits):
-            started = self._mixed_steps.start(batch, how)
-            if started is not None:
-                return Queued(started)
-        return Done(whole_result(share, self._mixed(share, how), self._mesh, self.spec.vocab_size))
+        if not self.starts_ahead or batch.draft or batch.return_logits:
+            return Done(whole_result(share, self._mixed(share, how), self._mesh, self.spec.vocab_size))
+        return Queued(self._mixed_steps.start(batch, how) or self._queue_mixed(share, how))
 
     @torch.inference_mode()
     def experts_hit(self, batch: StepBatch) -> list[int]:
@@ -154,41 +157,69 @@ class GpuRunner:
         logits_OV = None if kept_OV is None else kept_OV[: started.outputs].cpu().numpy()
         return StepResult(started.token_ids_O(), logits_OV)
 
+    def _queue_mixed(self, share: Share, how: Draw) -> Started:
+        """A step that is not recorded. What it works in is only used again by launches that follow its own."""
+        forward = self._forward(share, how)
+        return Started(Tokens.copied(forward.token_ids_O), len(forward.token_ids_O))
+
     def _mixed(self, share: Share, how: Draw) -> StepResult | None:
         """This replica's outputs, on the last stage."""
+        batch = share.batch
+        forward = self._forward(share, how)
+        if forward.stream is None:
+            return None
+        token_ids = np.array(forward.token_ids_O.cpu())  # the next step overwrites them
+        drafts = self._drafts(forward, batch, token_ids) if batch.draft else None
+        shows = batch.return_logits
+        return StepResult(
+            token_ids_O=token_ids,
+            logits_OV=_on_host(forward.logits, self.spec.vocab_size) if shows else None,
+            draft_token_ids_O=None if drafts is None else drafts.best().cpu().numpy(),
+            draft_logits_OV=_on_host(drafts, self.spec.vocab_size) if drafts is not None and shows else None,
+        )
+
+    def _forward(self, share: Share, how: Draw) -> _Forward:
         assert self._model is not None, "closed"
         model, batch = self._model, share.batch
         step = self._mixed_step(batch, max(share.tokens))
         assert step.rows_O is not None, "the host knows them"
         numbers = sampling_numbers(batch, self._device) if how is not Draw.GREEDY else None
         stream = model.hidden(step)
+        drawn_O = model.last_O[: len(step.rows_O)]
         if not model.is_last_stage:
-            return None
-        outputs = len(step.rows_O)
-        logits_OV = np.empty((0, self.spec.vocab_size), np.float32)
-        if outputs:
+            return _Forward(step, None, None, drawn_O)
+        logits = None
+        if len(drawn_O):
             logits = model.logits(stream.rows(step.rows_O))
             if batch.return_logits:
                 logits = logits.joined()
-                logits_OV = logits.part_OP.cpu().numpy()
-            draw(logits, numbers, how, model.last_O[:outputs])
-        token_ids = np.array(model.last_O[:outputs].cpu())  # the next step overwrites them
-        drafts = None
-        if batch.draft:
-            next_T = np.zeros(len(step.token_ids_T), np.int32)
-            next_T[: len(batch.token_ids_T)] = next_tokens(batch, output_rows(batch)[0], token_ids)
-            drafts = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), step.rows_O, step)
-            drafts = drafts.joined() if batch.return_logits else drafts
-        return StepResult(
-            token_ids_O=token_ids,
-            logits_OV=logits_OV if batch.return_logits else None,
-            draft_token_ids_O=None if drafts is None else drafts.best().cpu().numpy(),
-            draft_logits_OV=drafts.part_OP.cpu().numpy() if drafts is not None and batch.return_logits else None,
-        )
+            draw(logits, numbers, how, drawn_O)
+        return _Forward(step, stream, logits, drawn_O)
+
+    def _drafts(self, forward: _Forward, batch: StepBatch, token_ids_O: IntArray) -> Logits:
+        model, step, stream = self._model, forward.step, forward.stream
+        assert model is not None and stream is not None and step.rows_O is not None, "the last stage's"
+        next_T = np.zeros(len(step.token_ids_T), np.int32)
+        next_T[: len(batch.token_ids_T)] = next_tokens(batch, output_rows(batch)[0], token_ids_O)
+        drafts = model.draft_logits(stream, torch.from_numpy(next_T).to(self._device), step.rows_O, step)
+        return drafts.joined() if batch.return_logits else drafts
 
     def _mixed_step(self, batch: StepBatch, tokens: int) -> Step:
         run, longest = self._run, self._run.engine.max_seq_len
         return mixed_step(batch, tokens, self.block_size, longest, expanded_positions(run), self._device)
+
+
+class _Forward(NamedTuple):
+    """What a step that runs as it comes leaves on the device: a stream on the last stage, logits if it has outputs."""
+
+    step: Step
+    stream: Stream | None
+    logits: Logits | None
+    token_ids_O: torch.Tensor
+
+
+def _on_host(logits: Logits | None, vocab_size: int) -> NDArray[np.float32]:
+    return np.empty((0, vocab_size), np.float32) if logits is None else logits.part_OP.cpu().numpy()
 
 
 @dataclass(frozen=True)
