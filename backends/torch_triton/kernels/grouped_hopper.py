@@ -1,13 +1,13 @@
 """`grouped` on Hopper for prompts of many tokens: its warps have different tasks.
 
 One warp has tiles of activations and weights copied ahead into a ring of buffers. Three groups of four warps multiply,
-each 64 of the tile's rows, in two halves of 64 columns: while it adds up one half's product in FP32, the other's is on
-its way, and the matrix units are the other groups' besides. What limits them is power, and the traffic between the L2
-cache and the processors: hence tiles as tall as registers allow, and no copies of rows that are not there. Programs
-stay and walk all tiles, so that copying goes on while results are written. Sums are those of `grouped`, bit for bit.
+each 64 of the tile's rows: while one adds up its product in FP32, the matrix units are the others'. What limits them
+is the traffic between the L2 cache and the processors: hence tiles as tall as registers allow, and no copies of rows
+that are not there. Programs stay and walk all tiles, so that copying goes on while results are written. Sums are those
+of `grouped`, bit for bit.
 
-A gated tile's halves are 64 rows of gate and the 64 rows of up with the same numbers: a thread holds both factors of
-what it writes, and half as much is written, and read again, as of gate and up.
+A gated tile has 64 rows of gate and the 64 rows of up with the same numbers: a thread holds both factors of what it
+writes, and half as much is written, and read again, as of gate and up.
 
 Shape letters as in `grouped`.
 """
@@ -37,20 +37,22 @@ ROWS = GROUPS * GROUP_ROWS  # of a tile
 STAGES = 5  # buffers of 40 KiB
 _LAYOUT = gl.NVMMASharedLayout(128, 8, rank=2)  # rows of 128 bytes, swizzled as the matrix units read them
 _TILE = gl.constexpr(TILE)
-_HALF = gl.constexpr(TILE // 2)
+_HALF = gl.constexpr(TILE // 2)  # of a gated tile
 _ROWS = gl.constexpr(GROUP_ROWS)
 _GROUPS = gl.constexpr(GROUPS)
-_PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE // 2, 32]))  # of a half
-_RESULT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, whole rows
+_PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32]))
+_RESULT = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))  # 16 bytes a thread, whole rows
+_JOINED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 _silu_product = gluon.jit(tiles.silu_product.fn)
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """The buffer after ``stage``, and the parity of its barriers."""
-    stage += 1
-    again = stage == STAGES
-    return gl.where(again, 0, stage), gl.where(again, phase ^ 1, phase)
+def _copy_weights(w_desc, w_row, up_row, k, ready, w, GATED: gl.constexpr):
+    if GATED:
+        hopper.copy_tile(w_desc, [w_row, k], ready, w.slice(0, _HALF))
+        hopper.copy_tile(w_desc, [up_row, k], ready, w.slice(_HALF, _HALF))
+    else:
+        hopper.copy_tile(w_desc, [w_row, k], ready, w)
 
 
 @gluon.jit
@@ -59,9 +61,8 @@ def _copy_ahead(
 ):
     x_ring, w_ring, filled, emptied = buffers
     U, _, E, N, BLOCKS = sizes
-    stage, phase = 0, 1
+    count = 0
     columns = N // _TILE
-    right = N // 2 if GATED else _HALF  # from the first row of a tile's left half to that of its right one
     for tile in range(gl.program_id(0), U * columns, gl.num_programs(0)):
         expert = gl.load(expert_ptr + tile // columns)
         if (expert >= 0) & (expert < E):
@@ -69,42 +70,45 @@ def _copy_ahead(
             groups = gl.cdiv(gl.load(rows_ptr + tile // columns), _ROWS)
             w_row = expert * N + tile % columns * (_HALF if GATED else _TILE)
             for block in range(BLOCKS):
+                stage = count % STAGES
                 ready = filled.index(stage)
-                mbarrier.wait(emptied.index(stage), phase)
+                mbarrier.wait(emptied.index(stage), (count // STAGES & 1) ^ 1)
                 for number in gl.static_range(1, _GROUPS + 1):
                     mbarrier.expect(ready, (_TILE + number * _ROWS) * _TILE, pred=groups == number)
                 for group in gl.static_range(_GROUPS):
                     at, room = [start + group * _ROWS, block * _TILE], x_ring.index(stage * _GROUPS + group)
                     hopper.copy_tile(x_desc, at, ready, room, pred=group < groups)
-                w = w_ring.index(stage)
-                hopper.copy_tile(w_desc, [w_row, block * _TILE], ready, w.slice(0, _HALF))
-                hopper.copy_tile(w_desc, [w_row + right, block * _TILE], ready, w.slice(_HALF, _HALF))
-                stage, phase = _next(stage, phase, STAGES)
+                _copy_weights(w_desc, w_row, w_row + N // 2, block * _TILE, ready, w_ring.index(stage), GATED)
+                count += 1
 
 
 @gluon.jit
 def _load_scales(scale_ptr, up, GATED: gl.constexpr):
-    """Of a tile's rows of weights, those of each half; if gated, up's lie ``up`` behind gate's."""
+    """Of a tile's rows of weights; if gated, of gate's and, ``up`` behind it, of up's."""
     scale = gl.load(scale_ptr)
     return scale, gl.load(scale_ptr + up) if GATED else scale
 
 
 @gluon.jit
-def _start(x_ring, w_ring, stage, OWN: gl.constexpr, HALF: gl.constexpr, room_MJ):
-    """Of a group's rows and a half's columns; ``room_MJ`` is not read."""
-    w = w_ring.index(stage).slice(HALF * _HALF, _HALF).permute((1, 0))
-    return warpgroup_mma(x_ring.index(stage * _GROUPS + OWN), w, room_MJ, use_acc=False, is_async=True)
+def _of_columns(scale_M, up_scale_M, GATED: gl.constexpr):
+    """For each number of a tile. Which half it is in is decided while this is compiled: no thread selects."""
+    scale_MJ = scale_M[:, None]
+    if GATED:
+        is_up_J = gl.arange(0, _TILE, layout=gl.SliceLayout(0, _PRODUCT)) >= _HALF
+        scale_MJ = gl.where(is_up_J[None, :], up_scale_M[:, None], scale_MJ)
+    return scale_MJ
 
 
 @gluon.jit
-def _store(out_ptr, pair_ptr, acc_MJ, first, end, n, N, SCATTER: gl.constexpr):
-    """What is before ``end`` of a tile's rows, in rows of N, from column n on."""
-    row_M = first + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _RESULT))
+def _store(out_ptr, pair_ptr, acc_MJ, first, end, column, N, SCATTER: gl.constexpr, LAYOUT: gl.constexpr):
+    """What is before ``end`` of a tile's rows, in rows of N."""
+    WIDTH: gl.constexpr = acc_MJ.shape[1]
+    row_M = first + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, LAYOUT))
     own_M = row_M < end
     if SCATTER:
         row_M = gl.load(pair_ptr + row_M, mask=own_M, other=0)
-    n_J = n + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _RESULT))
-    out_MJ = gl.convert_layout(acc_MJ.to(gl.bfloat16), _RESULT)
+    n_J = column * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    out_MJ = gl.convert_layout(acc_MJ.to(gl.bfloat16), LAYOUT)
     gl.store(out_ptr + (row_M.to(gl.int64) * N)[:, None] + n_J[None, :], out_MJ, mask=own_M[:, None])
 
 
@@ -112,17 +116,13 @@ def _store(out_ptr, pair_ptr, acc_MJ, first, end, n, N, SCATTER: gl.constexpr):
 def _multiply(
     buffers, given, sizes, SCATTER: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr, OWN: gl.constexpr
 ):
-    """Rows of group OWN of every tile. A group without rows only lets the buffers go.
-
-    Two blocks of inputs a round, after which no product is on its way: the assembler follows them through no loop.
-    """
+    """Rows of group OWN of every tile. A group without rows only lets the buffers go."""
     x_ring, w_ring, filled, emptied = buffers
     x_scales_ptr, x_scales_stride, factors_ptr, pair_ptr, expert_ptr, start_ptr, rows_ptr, scales_ptr, out_ptr = given
     U, R, E, N, BLOCKS = sizes
-    stage, phase = 0, 0
+    count = 0
     columns = N // _TILE
-    up = columns // 2 * BLOCKS
-    zero_MJ = gl.zeros([_ROWS, _HALF], gl.float32, layout=_PRODUCT)
+    zero_MJ = gl.zeros([_ROWS, _TILE], gl.float32, layout=_PRODUCT)
     for tile in range(gl.program_id(0), U * columns, gl.num_programs(0)):
         u, column = tile // columns, tile % columns
         expert = gl.load(expert_ptr + u)
@@ -135,51 +135,41 @@ def _multiply(
                 x_scale_ptrs_M = x_scales_ptr + gl.minimum(row_M, R - 1)
                 w_block = column // 2 if GATED else column
                 scale_ptr = scales_ptr + (expert.to(gl.int64) * columns + w_block) * BLOCKS
-                x_scale_M, odd_x_scale_M = gl.load(x_scale_ptrs_M), gl.load(x_scale_ptrs_M + x_scales_stride)
+                up = columns // 2 * BLOCKS
+                x_scale_M = gl.load(x_scale_ptrs_M)
                 scale, up_scale = _load_scales(scale_ptr, up, GATED)
-                odd_scale, odd_up_scale = _load_scales(scale_ptr + 1, up, GATED)
-                left_MJ, right_MJ = zero_MJ, zero_MJ
-                for block in range(0, BLOCKS, 2):
-                    following = gl.minimum(block + 2, BLOCKS - 2)
-                    odd_stage, odd_phase = _next(stage, phase, STAGES)
-                    mbarrier.wait(filled.index(stage), phase)
-                    left = _start(x_ring, w_ring, stage, OWN, 0, zero_MJ)
-                    right = _start(x_ring, w_ring, stage, OWN, 1, zero_MJ)
-                    left = warpgroup_mma_wait(1, deps=(left,))
-                    left_MJ = hopper.settled(left_MJ + left * (x_scale_M * scale)[:, None])
-                    mbarrier.wait(filled.index(odd_stage), odd_phase)
-                    left = _start(x_ring, w_ring, odd_stage, OWN, 0, left)
-                    right = warpgroup_mma_wait(1, deps=(right,))
+                scale_M, up_scale_M = x_scale_M * scale, x_scale_M * up_scale
+                acc_MJ = zero_MJ
+                for block in range(BLOCKS):
+                    following = gl.minimum(block + 1, BLOCKS - 1)
+                    next_x_scale_M = gl.load(x_scale_ptrs_M + following * x_scales_stride)
+                    next_scale, next_up_scale = _load_scales(scale_ptr + following, up, GATED)
+                    stage = count % STAGES
+                    mbarrier.wait(filled.index(stage), count // STAGES & 1)
+                    x = x_ring.index(stage * _GROUPS + OWN)
+                    w = w_ring.index(stage).permute((1, 0))
+                    started = warpgroup_mma(x, w, zero_MJ, use_acc=False, is_async=True)
+                    product_MJ = warpgroup_mma_wait(0, deps=(started,))
                     mbarrier.arrive(emptied.index(stage), count=1)
-                    right_MJ = hopper.settled(right_MJ + right * (x_scale_M * up_scale)[:, None])
-                    right = _start(x_ring, w_ring, odd_stage, OWN, 1, right)
-                    x_scale_M = gl.load(x_scale_ptrs_M + following * x_scales_stride)
-                    scale, up_scale = _load_scales(scale_ptr + following, up, GATED)
-                    left = warpgroup_mma_wait(1, deps=(left,))
-                    left_MJ = hopper.settled(left_MJ + left * (odd_x_scale_M * odd_scale)[:, None])
-                    right = warpgroup_mma_wait(0, deps=(right,))
-                    mbarrier.arrive(emptied.index(odd_stage), count=1)
-                    right_MJ = hopper.settled(right_MJ + right * (odd_x_scale_M * odd_up_scale)[:, None])
-                    odd_x_scale_M = gl.load(x_scale_ptrs_M + (following + 1) * x_scales_stride)
-                    odd_scale, odd_up_scale = _load_scales(scale_ptr + following + 1, up, GATED)
-                    stage, phase = _next(odd_stage, odd_phase, STAGES)
+                    acc_MJ += product_MJ * _of_columns(scale_M, up_scale_M, GATED)
+                    scale_M, up_scale_M = next_x_scale_M * next_scale, next_x_scale_M * next_up_scale
+                    count += 1
                 if SCATTER:
                     own_M = row_M < end
                     pair_M = gl.load(pair_ptr + row_M, mask=own_M, other=0)
-                    factor_M = gl.load(factors_ptr + pair_M, mask=own_M, other=0.0)
-                    left_MJ *= factor_M[:, None]
-                    right_MJ *= factor_M[:, None]
+                    acc_MJ *= gl.load(factors_ptr + pair_M, mask=own_M, other=0.0)[:, None]
                 if GATED:
-                    h_MJ = _silu_product(left_MJ, right_MJ)
-                    _store(out_ptr, pair_ptr, h_MJ, first, end, column * _HALF, N // 2, SCATTER)
+                    gate_MI, up_MI = acc_MJ.reshape([_ROWS, 2, _HALF]).permute((0, 2, 1)).split()
+                    h_MI = _silu_product(gate_MI, up_MI)
+                    _store(out_ptr, pair_ptr, h_MI, first, end, column, N // 2, False, _JOINED)
                 else:
-                    _store(out_ptr, pair_ptr, left_MJ, first, end, column * _TILE, N, SCATTER)
-                    _store(out_ptr, pair_ptr, right_MJ, first, end, column * _TILE + _HALF, N, SCATTER)
+                    _store(out_ptr, pair_ptr, acc_MJ, first, end, column, N, SCATTER, _RESULT)
             else:
                 for _ in range(BLOCKS):
-                    mbarrier.wait(filled.index(stage), phase)
+                    stage = count % STAGES
+                    mbarrier.wait(filled.index(stage), count // STAGES & 1)
                     mbarrier.arrive(emptied.index(stage), count=1)
-                    stage, phase = _next(stage, phase, STAGES)
+                    count += 1
 
 
 @gluon.jit(do_not_specialize=["x_scales_stride", "U", "R"])
@@ -212,9 +202,8 @@ def _grouped_hopper(
 
 
 def takes(weight: Weight, chip: Chip) -> bool:
-    """Whether this is the chip, and the weights are FP8 in whole blocks, an even number of them along a row."""
-    outputs, inputs = weight.codes.shape[-2:]
-    whole = outputs % TILE == inputs % (2 * TILE) == 0
+    """Whether this is the chip, and the weights are FP8 in whole blocks."""
+    whole = not any(size % TILE for size in weight.codes.shape[-2:])
     return hopper.runs_tasks(chip) and isinstance(weight, Fp8Weight) and whole
 
 
@@ -233,10 +222,10 @@ def launch(
     contiguous = all(part.is_contiguous() for part in (x.codes, x.scales.t(), codes_ENK, scales_ERC, out))
     check(contiguous, "operands must be contiguous, scales of activations group by group", "grouped_hopper")
     check(not gated or outputs % (2 * TILE) == 0, "gate and up rows must be whole blocks", "grouped_hopper")
-    check(inputs % (2 * TILE) == 0, "rows must be an even number of blocks", "grouped_hopper")
+    w_rows = TILE // 2 if gated else TILE  # of a copy
     _grouped_hopper[(processors,)](
         TensorDescriptor.from_tensor(x.codes, [GROUP_ROWS, TILE], _LAYOUT),
-        TensorDescriptor.from_tensor(codes_ENK.view(experts * outputs, inputs), [TILE // 2, TILE], _LAYOUT),
+        TensorDescriptor.from_tensor(codes_ENK.view(experts * outputs, inputs), [w_rows, TILE], _LAYOUT),
         x.scales, x.scales.stride(1), factors_TP, *pairs, scales_ERC, out, len(pairs[1]), len(x.codes), experts,
         outputs, inputs // TILE, SCATTER=factors_TP is not None, GATED=gated, STAGES=STAGES, num_warps=4,
     )  # fmt: skip

@@ -30,14 +30,6 @@ def unknown_zero():
 
 
 @gluon.jit
-def settled(x_MJ):
-    """x, computed before the product that is started next: LLVM would move the sums behind it, and what they read would
-    then be copied to other registers, on which the assembler lets products wait for each other.
-    """
-    return gl.inline_asm_elementwise("", "=f,0", [x_MJ], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def wipe(tile_KV, rows, ROWS: gl.constexpr):
     """Zeros in the tile's rows from ``rows`` on, which may hold anything, even NaN. By four warps."""
     for first in gl.static_range(0, ROWS, 8):
