@@ -91,10 +91,10 @@ def test_a_first_run_leaves_cache_and_outputs():
 
 
 def test_sizes():
-    def size(*pieces, outputs=1, expanded=100_000):
+    def size(*pieces, outputs=1, expanded=100_000, longest=2048):
         tokens = [(i, at, np.zeros(new, np.int32)) for i, (at, new) in enumerate(pieces)]
         counts = np.full(len(pieces), outputs, np.int32)
-        return mixed_size(replace(step_batch(tokens), num_outputs_B=counts), expanded)
+        return mixed_size(replace(step_batch(tokens), num_outputs_B=counts), longest, expanded)
 
     assert size((0, 5)) == size((0, 16)) == MixedSize(16, 16, 0, 1)
     assert size((0, 17)) == size((0, 32)) == MixedSize(32, 32, 0, 1)
@@ -109,6 +109,8 @@ def test_sizes():
     assert size((0, 2049)) is None
     assert size((2048, 2048)) == MixedSize(2048, 4096, 0, 1)
     assert size((2049, 2048)) is None
+    assert size((0, 8192), longest=8192) == MixedSize(8192, 8192, 0, 1)
+    assert size((0, 8193), longest=8192) is None
     assert size((0, 64), expanded=63) is None
     tiles = [(0, 129), (0, 1023), (0, 127)]
     assert sum(-(-new // 128) for _, new in tiles) <= size(*tiles).tiles

@@ -14,7 +14,7 @@ import torch
 from ....configs.schema import RunConfig
 from ...base import StepBatch
 from .inputs import DecodeBuffers, expanded_positions
-from .mixed_inputs import MixedBuffers, MixedSize, mixed_size, records_mixed
+from .mixed_inputs import MixedBuffers, MixedSize, mixed_size, recorded_tokens, records_mixed
 from .model import Model
 from .recorded import Buffers, RecordedStep, Started
 from .sampling import Draw
@@ -80,12 +80,12 @@ class MixedSteps:
 
     def __init__(self, recorder: Recorder, run: RunConfig):
         self._recorder = recorder
-        self._records, self._expanded = records_mixed(run), expanded_positions(run)
+        self._records, self._longest, self._expanded = records_mixed(run), recorded_tokens(run), expanded_positions(run)
         self._steps: OrderedDict[tuple[MixedSize, Draw], RecordedStep | None] = OrderedDict()
 
     def start(self, batch: StepBatch, how: Draw) -> Started | None:
         """Queue the step; None where it is to run as it comes. Every rank decides alike."""
-        size = mixed_size(batch, self._expanded) if self._records else None
+        size = mixed_size(batch, self._longest, self._expanded) if self._records else None
         step = None if size is None else self._step(size, how)
         return None if step is None else step.start(batch, self._recorder.block_size)
 

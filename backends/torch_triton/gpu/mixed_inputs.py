@@ -30,7 +30,7 @@ from .inputs import (
 )
 from .words import HostWords, parts_of, room_for
 
-RECORDED_TOKENS = 2048  # of the longest step in such a size, and half the positions: longer ones keep a GPU busy
+_RECORDED_TOKENS = 2048  # longer steps keep one GPU busy while the host launches them
 _LEAST = 16
 
 
@@ -57,13 +57,22 @@ def records_mixed(run: RunConfig) -> bool:
     return run.engine.graphs and run.parallel.dp == run.parallel.pp == 1
 
 
-def mixed_size(batch: StepBatch, expanded: int) -> MixedSize | None:
-    """The size that holds ``batch``; None if none does. ``expanded`` positions have keys and values at a time."""
+def recorded_tokens(run: RunConfig) -> int:
+    """Of the longest step in such a size, and half the positions. Tensor-parallel ranks share the work, not the
+    launches.
+    """
+    return _RECORDED_TOKENS * run.parallel.tp
+
+
+def mixed_size(batch: StepBatch, longest: int, expanded: int) -> MixedSize | None:
+    """The size that holds ``batch``, of at most ``longest`` tokens; None if none does. ``expanded`` positions have keys
+    and values at a time.
+    """
     lens_B = batch.query_lens_B
     is_prompt_B, is_decoding_B = lens_B > ABSORBED_QUERIES, lens_B == 1
     tokens, positions = len(batch.token_ids_T), int((batch.context_lens_B + lens_B)[is_prompt_B].sum())
     alike = (is_prompt_B | is_decoding_B).all() and (batch.num_outputs_B <= 1).all()
-    if not is_prompt_B.any() or not alike or tokens > RECORDED_TOKENS or positions > min(expanded, 2 * RECORDED_TOKENS):
+    if not is_prompt_B.any() or not alike or tokens > longest or positions > min(expanded, 2 * longest):
         return None
     decoding, prompts = int(is_decoding_B.sum()), int(is_prompt_B.sum())
     rows = _padded(tokens)

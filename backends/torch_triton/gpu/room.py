@@ -16,7 +16,7 @@ from ....models.spec import ModelSpec
 from ...limits import cache_blocks
 from ..device import memory
 from .inputs import expanded_positions
-from .mixed_inputs import RECORDED_TOKENS, records_mixed
+from .mixed_inputs import recorded_tokens, records_mixed
 
 _LIBRARIES = 2 << 30  # workspaces of cuBLAS and graphs, compiled kernels, fragmentation
 _PREFIXES = 4  # times max_batch sequences of max_seq_len: more cache than that holds prefixes nobody asks for again
@@ -27,8 +27,8 @@ def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
     tokens, positions = run.engine.max_batch_tokens, expanded_positions(run)
     values = _step_values(spec, run, tokens, positions)
     if records_mixed(run):
-        recorded = min(tokens, RECORDED_TOKENS), min(positions, 2 * RECORDED_TOKENS)
-        values += _step_values(spec, run, *recorded)
+        longest = recorded_tokens(run)
+        values += _step_values(spec, run, min(tokens, longest), min(positions, 2 * longest))
     return 2 * values + 12 * max(run.engine.max_batch, 8) * spec.vocab_size + _LIBRARIES
 
 
