@@ -183,7 +183,9 @@ def launch_router(chip: chips.Chip) -> None:
         for tokens in (1, 64, 600):
             room = router.scratch(tokens, spec.n_routed_experts, torch.device("meta"))
             weight = empty(spec.n_routed_experts, spec.hidden_size)
-            router.choose_experts(empty(tokens, spec.hidden_size), weight, bias, spec, room, shared=1)
+            for held in (None, router.Held(32, 32, range(tokens))):
+                x = empty(tokens, spec.hidden_size)
+                router.choose_experts(x, weight, bias, spec, room, shared=1, held=held)
 
 
 def caches():
@@ -247,6 +249,14 @@ def launch_prompts(chip: chips.Chip) -> None:
     for config in (None, prompt_attention.plain(chip)):
         prompt_attention.prompt_attention(empty(1000, 128, 192), kv, rope, tiles, empty(1000, 128, 128), 0.1, config)
     sorted_pairs = pairs.sort_pairs(empty(600, 9, dtype=torch.int32), 257, 64)
+    foreign_pairs = pairs.sort_pairs(empty(600, 9, dtype=torch.int32), 257, 64, foreign=True)
+    for weight in weights(chip, 257, 4096, 7168, rare=False):
+        for x in activations(chip, weight, 600, 7168):
+            pairs.gather(x, foreign_pairs, 9)
+    for gated in (False, True):
+        int8.quantise_rows(empty(5400, 4096), gated, foreign_pairs.own_1)
+        if chip.fp8_units:
+            quant.quantise(empty(5400, 4096), False, gated, foreign_pairs.own_1)
     for weight in weights(chip, 257, 4096, 7168):
         for x in activations(chip, weight, 600, 7168):
             grouped.grouped(pairs.gather(x, sorted_pairs, 9), weight, sorted_pairs)
@@ -278,6 +288,7 @@ def launch_tokens(chip: chips.Chip) -> None:
 def launch_between_ranks(chip: chips.Chip) -> None:
     for count, dtype in ((1, torch.float32), (9, torch.float32), (9, torch.bfloat16)):
         combine.add_parts(empty(8, count, 7168, dtype=dtype))
+    combine.add_parts(empty(600, 9, 7168), empty(600, 9, dtype=torch.int32), 33)
     for ranks in (2, 4, 8):
         counts = empty(2, dtype=torch.int32)
         group = peers.Peers(1, empty(ranks, dtype=torch.int64), counts, empty(1, dtype=torch.uint8))

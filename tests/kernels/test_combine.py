@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels import combine as kernel
+from deepspan.models.errors import DeepspanError
 from tests.kernels.test_rope_cache import frame
 
 
@@ -14,3 +15,15 @@ def test_equals_its_twin(tokens, parts, hidden, dtype):
     got = kernel.add_parts(branch)
     assert got.dtype == torch.bfloat16 and got.is_contiguous()
     torch.testing.assert_close(got, kernel.add_parts_eager(branch), rtol=2**-7, atol=1e-6)
+
+
+def test_parts_of_experts_that_are_not_here_are_not_read():
+    branch = frame(40, 5, 52, dtype=torch.bfloat16)
+    ids = torch.randint(-1, 6, (40, 5)).int()
+    ids[3] = 4
+    branch[(ids < 0) | (ids >= 4)] = torch.nan
+    got = kernel.add_parts(branch, ids, 4)
+    assert not got.isnan().any() and not got[3].any()
+    torch.testing.assert_close(got, kernel.add_parts_eager(branch, ids, 4), rtol=2**-7, atol=1e-6)
+    with pytest.raises(DeepspanError, match=r"choices \(40, 4\) in torch.int32: kernel add_parts"):
+        kernel.add_parts(branch, ids[:, :4], 4)

@@ -17,7 +17,7 @@ def test_tiles_hold_every_pair_once(tokens, per_token, number, block_m):
     ids[:, 0] = 5  # an expert with many tiles
     pairs = sort_pairs(ids, number, block_m)
     seen = []
-    for expert, start, rows in zip(*(part.tolist() for part in pairs[1:]), strict=True):
+    for expert, start, rows in zip(*(part.tolist() for part in pairs.tiles[1:]), strict=True):
         if expert >= 0:
             assert 0 < rows <= block_m
             here = pairs.pair_R[start : start + rows].tolist()
@@ -38,7 +38,9 @@ def test_tiles_of_an_expert_are_about_equally_tall():
 
 def test_pairs_of_experts_that_are_not_here_come_last():
     ids = torch.tensor([[0, -1, 2], [3, 1, 2], [1, 7, 0]], dtype=torch.int32)
-    pairs = sort_pairs(ids, 3, 16)
+    pairs = sort_pairs(ids, 3, 16, foreign=True)
+    assert pairs.own_1.tolist() == [6]
+    assert sort_pairs(ids, 3, 16).own_1 is None
     assert [sorted(pairs.pair_R[a:b].tolist()) for a, b in ((0, 2), (2, 4), (4, 6), (6, 9))] == [
         [0, 8], [4, 6], [2, 5], [1, 3, 7]
     ]  # fmt: skip
@@ -61,6 +63,22 @@ def test_rows_are_gathered_with_their_scales(channels):
         assert torch.equal(got.codes.view(torch.uint8), codes.codes.view(torch.uint8)[rows])
         assert torch.equal(got.scales, codes.scales[rows])
         assert got.scales.t().is_contiguous()
+
+
+def test_rows_of_experts_that_are_not_here_are_not_gathered():
+    x = torch.randn(30, 48, generator=seeded(0)).bfloat16()
+    ids = torch.randint(-1, 6, (30, 3), generator=seeded(1)).int()
+    ids[20:] = 9
+    pairs = sort_pairs(ids, 5, 16, foreign=True)
+    own = int(pairs.own_1)
+    assert own == int(((ids >= 0) & (ids < 5)).sum())
+    x[20:] = torch.nan
+    rows = pairs.pair_R[:own].long() // 3
+    assert torch.equal(gather(x, pairs, 3)[:own], x[rows])
+    codes = quant.quantise(x.nan_to_num())
+    got = gather(codes, pairs, 3)
+    assert torch.equal(got.codes.view(torch.uint8)[:own], codes.codes.view(torch.uint8)[rows])
+    assert torch.equal(got.scales[:own], codes.scales[rows])
 
 
 def test_what_they_cannot_take_is_one_clear_error():

@@ -1,5 +1,7 @@
 """Activation quantisation, bit by bit against its eager twins and the neutral definition."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,16 @@ def test_int8_rows_are_bit_equal_to_their_twin_and_to_the_definition(tokens, cha
     for other_codes, other_scales in ((twin.codes.numpy(force=True), twin.scales.numpy(force=True)), (codes, scales)):
         np.testing.assert_array_equal(got.codes.numpy(force=True), other_codes)
         np.testing.assert_array_equal(got.scales.numpy(force=True), other_scales)
+
+
+def test_rows_from_a_number_on_are_not_read(tokens=6, channels=264):
+    x = activations(tokens, channels)
+    x[4:] = torch.nan
+    rows = torch.tensor([4], dtype=torch.int32)
+    for quantise, gated in itertools.product((quant.quantise, int8.quantise_rows), (False, True)):
+        some, all_of_four = quantise(x, gated=gated, rows_1=rows), quantise(x[:4], gated=gated)
+        np.testing.assert_array_equal(bits(some.codes[:4]), bits(all_of_four.codes))
+        assert torch.equal(some.scales[:4], all_of_four.scales)
 
 
 def test_int8_rows_of_gate_and_up():

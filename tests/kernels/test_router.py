@@ -47,6 +47,28 @@ def test_chooses_what_the_definition_chooses(name, tokens, hidden):
     assert not room.arrived.any()
 
 
+@pytest.mark.parametrize("tokens", [1, 21, kernel.LIBRARY_TOKENS + 3])
+@pytest.mark.parametrize(
+    "held", [kernel.Held(8, 16, range(600)), kernel.Held(0, 64, range(7, 14)), kernel.Held(60, 4, range(0))]
+)
+def test_numbers_of_a_stack(tokens, held):
+    spec = SPECS["v3"]
+    x, weight, bias = inputs(spec, tokens, 52, torch.bfloat16)
+    room = kernel.scratch(tokens, spec.n_routed_experts, x.device)
+    got = kernel.choose_experts(x, weight, bias, spec, room, shared=2, held=held)
+    want = kernel.choose_experts_eager(x, weight, bias, spec, shared=2, held=held)
+    assert torch.equal(got.ids, want.ids)
+    assert (got.ids >= 0).all() and (got.ids <= held.routed + 2).all()
+    everywhere = kernel.choose_experts(x, weight, bias, spec, room, shared=2)
+    assert torch.equal(got.weights, everywhere.weights)
+    is_own = (everywhere.ids >= held.first) & (everywhere.ids < held.first + held.routed)
+    assert torch.equal(got.ids[is_own], everywhere.ids[is_own] - held.first)
+    is_shared_TS = everywhere.ids[:, 8:] - spec.n_routed_experts + held.routed
+    own_T = torch.tensor([row in held.tokens for row in range(tokens)])
+    assert torch.equal(got.ids[own_T, 8:], is_shared_TS[own_T])
+    assert (got.ids[~own_T, 8:] == held.routed + 2).all()
+
+
 def test_large_tiles_give_the_same():
     spec = SPECS["v3"]
     x, weight, bias = inputs(spec, 21, 300, torch.bfloat16)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels import experts as kernels
 from ..kernels import grouped
 from ..kernels.chips import chip_of
+from ..kernels.combine import add_parts
 from ..kernels.experts import Stack
 from ..kernels.pairs import Sorted, gather, sort_pairs
 from ..kernels.router import Choice
@@ -34,17 +35,23 @@ class Experts(Protocol):
     shared: int
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
-        """Each choice's result times its weight, FP32 or, of many tokens, BF16 [T, P, D]; to be added. P may be 1."""
+        """Each choice's result times its weight, FP32 or, of many tokens, BF16 [T, P, D]; to be added. P may be 1.
+
+        Or their sum [T, D].
+        """
 
 
 class KernelExperts:
-    """Stacks of quantised matrices. ``foreign``: choices past them are other ranks' and add nothing here."""
+    """Stacks of quantised matrices. ``foreign``: choices past them are other ranks' and add nothing here; ``part`` of
+    all routed experts are in the stacks.
+    """
 
-    def __init__(self, stack: Stack, form: Form, shared: int, foreign: bool = False):
+    def __init__(self, stack: Stack, form: Form, shared: int, foreign: bool = False, part: float = 1.0):
         self._stack = stack
         self.form = form
         self.shared = shared
         self._foreign = foreign
+        self._part = part
         self._chip = chip_of(stack.gate_up.codes.device)
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
@@ -59,17 +66,19 @@ class KernelExperts:
     def _many(self, x: Operand, choice: Choice) -> Tensor:
         tokens, choices = choice.ids.shape
         down = self._stack.down
-        own = 0 if self._foreign else choice.ids.numel()  # of others' choices nobody knows how many there are
+        experts = len(down.codes)
+        own = int(self._part * choice.ids.numel())  # where tokens choose evenly
         config = grouped.choose_for_experts(own, self._stack, self._chip)
-        pairs = sort_pairs(choice.ids, len(down.codes), config.block_m)
+        pairs = sort_pairs(choice.ids, experts, config.block_m, self._foreign)
         h = self._joined(gather(x, pairs, choices), pairs, config)
-        return grouped.grouped(h, down, pairs, choice.weights, self._foreign, config).view(tokens, choices, -1)
+        y_TPD = grouped.grouped(h, down, pairs, choice.weights, config).view(tokens, choices, -1)
+        return add_parts(y_TPD, choice.ids, experts) if self._foreign else y_TPD
 
     def _joined(self, x: Operand, pairs: Sorted, config: grouped.Config) -> Operand:
         """silu(gate) * up: of the product, where its kernel can, or else of what brings it into the form."""
         gated = config.has_tasks
         product = grouped.grouped(x, self._stack.gate_up, pairs, config=config, gated=gated)
-        return self.form.of(product) if gated else self.form.gated(product)
+        return self.form.of(product, pairs.own_1) if gated else self.form.gated(product, pairs.own_1)
 
 
 class Bf16Experts:

@@ -51,10 +51,11 @@ class Format(Protocol[M]):
 
     def linear(self, matrix: M) -> Linear: ...
 
-    def experts(self, gate_up: M, down: M, shared: int, foreign: bool) -> Experts:
+    def experts(self, gate_up: M, down: M, shared: int, foreign: bool, part: float) -> Experts:
         """Of stacks of matrices, the last ``shared`` of which are the shared experts.
 
-        ``foreign``: choices past the stacks are other ranks' and add nothing here.
+        ``foreign``: choices past the stacks are other ranks' and add nothing here; ``part`` of all routed experts are
+        in the stacks.
         """
 
 
@@ -77,7 +78,7 @@ class Bf16Format:
     def linear(self, matrix: Bf16Weight) -> Linear:
         return Bf16Linear(matrix.codes)
 
-    def experts(self, gate_up: Bf16Weight, down: Bf16Weight, shared: int, foreign: bool) -> Experts:
+    def experts(self, gate_up: Bf16Weight, down: Bf16Weight, shared: int, foreign: bool, part: float) -> Experts:
         return Bf16Experts(gate_up.codes, down.codes, shared, foreign)
 
 
@@ -105,8 +106,8 @@ class Fp8Format:
     def linear(self, matrix: Fp8Weight) -> Linear:
         return Fp8Linear(matrix, self._form)
 
-    def experts(self, gate_up: Fp8Weight, down: Fp8Weight, shared: int, foreign: bool) -> Experts:
-        return KernelExperts(Stack(gate_up, down), self._form, shared, foreign)
+    def experts(self, gate_up: Fp8Weight, down: Fp8Weight, shared: int, foreign: bool, part: float) -> Experts:
+        return KernelExperts(Stack(gate_up, down), self._form, shared, foreign, part)
 
 
 class Int8Format:
@@ -134,8 +135,8 @@ class Int8Format:
     def linear(self, matrix: Int8Weight) -> Linear:
         return KernelLinear(matrix, self._form)
 
-    def experts(self, gate_up: Int8Weight, down: Int8Weight, shared: int, foreign: bool) -> Experts:
-        return KernelExperts(Stack(gate_up, down), self._form, shared, foreign)
+    def experts(self, gate_up: Int8Weight, down: Int8Weight, shared: int, foreign: bool, part: float) -> Experts:
+        return KernelExperts(Stack(gate_up, down), self._form, shared, foreign, part)
 
 
 class Int4Format:
@@ -167,8 +168,8 @@ class Int4Format:
     def linear(self, matrix: Int4Weight) -> Linear:
         return Int4Linear(matrix)
 
-    def experts(self, gate_up: Int4Weight, down: Int4Weight, shared: int, foreign: bool) -> Experts:
-        return KernelExperts(Stack(gate_up, down), self._form, shared, foreign)
+    def experts(self, gate_up: Int4Weight, down: Int4Weight, shared: int, foreign: bool, part: float) -> Experts:
+        return KernelExperts(Stack(gate_up, down), self._form, shared, foreign, part)
 
 
 class Formats:

@@ -37,17 +37,20 @@ class Form(NamedTuple):
     codes: str | None = None
     ue8m0: bool = False
 
-    def of(self, x: Operand) -> Operand:
-        """``x`` in this form, in which it may be already."""
+    def of(self, x: Operand, rows_1: Tensor | None = None) -> Operand:
+        """``x`` in this form, in which it may be already; only so many of its rows, where ``rows_1`` says so."""
         if self.codes is None or isinstance(x, Codes):
             return x
-        return quantise(x, self.ue8m0) if self.codes == "fp8" else quantise_rows(x)
+        return self._quantised(x, False, rows_1)
 
-    def gated(self, gate_up: Tensor) -> Operand:
+    def gated(self, gate_up: Tensor, rows_1: Tensor | None = None) -> Operand:
         """silu(gate) * up of [gate | up] in this form."""
-        if self.codes is None:
-            return gated(gate_up)
-        return quantise(gate_up, self.ue8m0, gated=True) if self.codes == "fp8" else quantise_rows(gate_up, gated=True)
+        return gated(gate_up) if self.codes is None else self._quantised(gate_up, True, rows_1)
+
+    def _quantised(self, x: Tensor, is_gated: bool, rows_1: Tensor | None) -> Codes:
+        if self.codes == "fp8":
+            return quantise(x, self.ue8m0, is_gated, rows_1)
+        return quantise_rows(x, is_gated, rows_1)
 
 
 class Linear(Protocol):

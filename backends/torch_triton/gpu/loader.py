@@ -116,7 +116,8 @@ class Loader:
         count = 0 if self.shared_beside(prefix) else self._shared_pieces
         pieces = [(f"{prefix}.shared_experts", *self._piece(number)) for number in range(count)]
         stacked = [(expert, WHOLE, WHOLE) for expert in routed] + pieces
-        return format_.experts(*self._stacks(format_, stacked), count, self.has_foreign)
+        part = len(self.experts_held) / self.spec.n_routed_experts
+        return format_.experts(*self._stacks(format_, stacked), count, self.has_foreign, part)
 
     def shared_beside(self, prefix: str) -> bool:
         """Whether shared experts are layers of their own: in another format, or of a width that pieces would pad.

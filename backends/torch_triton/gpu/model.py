@@ -9,6 +9,7 @@ E cache entry.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from ..kernels.embed import embed
 from ..kernels.logits import FEW_ROWS, logits
 from ..kernels.norm import Normed
 from ..kernels.rope_cache import Tables
-from ..kernels.router import Choice, Scratch, choose_experts, scratch
+from ..kernels.router import Choice, Held, Scratch, choose_experts, scratch
 from ..layers import product_f32
 from ..parallel import ALONE, Group
 from .attention import Attention
@@ -211,30 +212,18 @@ class MoE:
             return self._experts(operand(normed), self._choose(x_TD))
         counts = [len(x_TD)] * replicas.size
         x_SD = replicas.below(x_TD, counts)
-        y_SPD = self._experts(x_SD, self._choose(x_SD))
-        return replicas.own_total(add_parts(y_SPD), counts)
+        y = self._experts(x_SD, self._choose(x_SD))
+        return replicas.own_total(y if y.dim() == 2 else add_parts(y), counts)
 
     def _choose(self, x_SD: Tensor) -> Choice:
-        choice = choose_experts(x_SD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)
+        route = partial(choose_experts, x_SD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)
         if self.choices is not None:
-            self.choices.append(choice.ids)
-        return self._of_stack(choice) if self._is_part else choice
-
-    def _of_stack(self, choice: Choice) -> Choice:
-        """Numbers in this rank's stack: its routed experts, the shared pieces, and one past them for what others do.
-
-        That are other ranks' experts, and the shared ones for other replicas' tokens.
-        """
-        routed, held = self._spec.n_routed_experts, len(self._held)
-        nowhere = held + self._shared
-        own_SP = choice.ids - self._held.start
-        is_own_SP = (own_SP >= 0) & (own_SP < held) & (choice.ids < routed)
-        shared_SP = torch.where(choice.ids >= routed, choice.ids - routed + held, nowhere)
-        if self._replicas.size > 1:
-            replica_RTP = shared_SP.unflatten(0, (self._replicas.size, -1))
-            replica_RTP[: self._replicas.index] = nowhere
-            replica_RTP[self._replicas.index + 1 :] = nowhere
-        return choice._replace(ids=torch.where(is_own_SP, own_SP, shared_SP))
+            self.choices.append(route().ids)
+        if not self._is_part:
+            return route()
+        own = len(x_SD) // self._replicas.size
+        tokens = range(self._replicas.index * own, (self._replicas.index + 1) * own)
+        return route(held=Held(self._held.start, len(self._held), tokens))
 
 
 class MTP:

@@ -166,28 +166,26 @@ def grouped(
     weight: Weight,
     pairs: Sorted,
     factors_TP: torch.Tensor | None = None,
-    foreign: bool = False,
     config: Config | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
     """Each row of x [R, K], of sorted pairs, times its expert's matrix: BF16 [R, N].
 
     ``x``: codes or BF16, as `few_rows` takes them. With ``factors_TP`` each result is multiplied by its
-    pair's factor and lies where the pair was before sorting. Rows of pairs in no tile are zero if ``foreign``
-    says that there may be some, and undefined otherwise. ``gated``: silu(gate) * up for matrices [gate; up],
-    [R, N / 2]; where ``config`` takes it.
+    pair's factor and lies where the pair was before sorting. Rows of pairs in no tile are undefined. ``gated``:
+    silu(gate) * up for matrices [gate; up], [R, N / 2]; where ``config`` takes it.
     """
     name, rows = "grouped", _rows(x)
     check(rows == len(pairs.pair_R), f"{rows} rows for {len(pairs.pair_R)} pairs", name)
     if factors_TP is not None:
         fits = factors_TP.is_contiguous() and factors_TP.numel() == rows and factors_TP.dtype == torch.float32
         check(fits, f"factors {tuple(factors_TP.shape)}", name)
-    return _launch(name, x, weight, pairs, factors_TP, foreign, config, gated)
+    return _launch(name, x, weight, pairs, factors_TP, config, gated)
 
 
 def one_matrix(x: Codes | torch.Tensor, weight: Weight, config: Config | None = None) -> torch.Tensor:
     """Many rows x [R, K] times one matrix: BF16 [R, N]."""
-    return _launch("one_matrix", x, weight, None, None, False, config)
+    return _launch("one_matrix", x, weight, None, None, config)
 
 
 def _rows(x: Codes | torch.Tensor) -> int:
@@ -196,7 +194,7 @@ def _rows(x: Codes | torch.Tensor) -> int:
 
 def _launch(
     name: str, x: Codes | torch.Tensor, weight: Weight, pairs: Sorted | None, factors_TP: torch.Tensor | None,
-    foreign: bool, config: Config | None, gated: bool = False,
+    config: Config | None, gated: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
@@ -205,17 +203,18 @@ def _launch(
     check_weight(weight, values, chip, name)
     check(len(values) >= config.block_m, f"{len(values)} rows are less than a tile", name)
     check(not gated or (config.has_tasks and factors_TP is None), f"gated products by {config}", name)
-    room = torch.zeros if foreign else torch.empty
-    out = room(len(values), outputs // 2 if gated else outputs, dtype=torch.bfloat16, device=values.device)
+    columns = outputs // 2 if gated else outputs
+    out = torch.empty(len(values), columns, dtype=torch.bfloat16, device=values.device)
     x_scales, x_scales_strides = (x.scales, x.scales.stride()) if isinstance(x, Codes) else (None, (0, 0))
     if config.has_tasks:
         assert isinstance(x, Codes) and isinstance(weight, Fp8Weight) and pairs is not None, "what HOPPER is chosen for"
-        grouped_hopper.launch(x, weight, pairs, factors_TP, out, gated, chip.processors)
+        grouped_hopper.launch(x, weight, pairs.tiles, factors_TP, out, gated, chip.processors)
         return out
+    tables = (None,) * 4 if pairs is None else pairs.tiles
     tiles = cdiv(len(values), config.block_m) if pairs is None else len(pairs.expert_U)
     pointers, constants = arguments(weight, chip)
     _grouped[(cdiv(outputs, config.block_n), tiles)](
-        values, values.stride(0), x_scales, *x_scales_strides, factors_TP, *(pairs or (None,) * 4), *pointers, out,
+        values, values.stride(0), x_scales, *x_scales_strides, factors_TP, *tables, *pointers, out,
         len(values), len(weight.codes), outputs, values.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         STAGES=config.stages, SCATTER=factors_TP is not None, QUANTISED=isinstance(x, Codes),
         PDL=chip.dependent_launch, **constants, **options(chip, config.warps),

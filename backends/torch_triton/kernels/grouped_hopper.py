@@ -210,13 +210,13 @@ def takes(weight: Weight, chip: Chip) -> bool:
 def launch(
     x: Codes,
     weight: Fp8Weight,
-    pairs: tuple[torch.Tensor, ...],
+    tiles: tuple[torch.Tensor, ...],
     factors_TP: torch.Tensor | None,
     out: torch.Tensor,
     gated: bool,
     processors: int,
 ) -> None:
-    """Fill ``out`` as `grouped.grouped` does, which checks what both take; ``pairs`` are its `Sorted`."""
+    """Fill ``out`` as `grouped.grouped` does, which checks what both take; ``tiles``: of its sorted pairs."""
     codes_ENK, scales_ERC = weight
     experts, outputs, inputs = codes_ENK.shape
     contiguous = all(part.is_contiguous() for part in (x.codes, x.scales.t(), codes_ENK, scales_ERC, out))
@@ -226,6 +226,6 @@ def launch(
     _grouped_hopper[(processors,)](
         TensorDescriptor.from_tensor(x.codes, [GROUP_ROWS, TILE], _LAYOUT),
         TensorDescriptor.from_tensor(codes_ENK.view(experts * outputs, inputs), [w_rows, TILE], _LAYOUT),
-        x.scales, x.scales.stride(1), factors_TP, *pairs, scales_ERC, out, len(pairs[1]), len(x.codes), experts,
+        x.scales, x.scales.stride(1), factors_TP, *tiles, scales_ERC, out, len(tiles[1]), len(x.codes), experts,
         outputs, inputs // TILE, SCATTER=factors_TP is not None, GATED=gated, STAGES=STAGES, num_warps=4,
     )  # fmt: skip

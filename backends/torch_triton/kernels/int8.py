@@ -29,8 +29,8 @@ def _values(x_ptr, k_X, K, GATED: tl.constexpr):
 
 @triton.jit
 def _quantise_rows(
-    x_ptr, x_stride, codes_ptr, scales_ptr, K, GATED: tl.constexpr, INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr,
-    PIECES: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, x_stride, rows_ptr, codes_ptr, scales_ptr, K, GATED: tl.constexpr, INSTRUCTION: tl.constexpr,
+    BLOCK: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tokens. A row of one piece stays in registers between its two passes."""
     t = tl.program_id(0).to(tl.int64)
@@ -38,6 +38,9 @@ def _quantise_rows(
     k_X = tl.arange(0, BLOCK)
     pdl.wait(PDL)
     pdl.release(PDL)
+    last = t if rows_ptr is None else tl.load(rows_ptr) - 1
+    if t > last:
+        return
     first_1X = _values(x_ptr, k_X, K, GATED)
     amax_1 = tl.max(tl.abs(first_1X), 1)
     for piece in tl.static_range(1, PIECES):
@@ -50,10 +53,10 @@ def _quantise_rows(
         tl.store(codes_ptr + t * K + place_1X, int8_codes(x_1X, scale_1, INSTRUCTION), mask=place_1X < K)
 
 
-def quantise_rows(x_TK: torch.Tensor, gated: bool = False) -> Codes:
+def quantise_rows(x_TK: torch.Tensor, gated: bool = False, rows_1: torch.Tensor | None = None) -> Codes:
     """INT8 codes of BF16 or FP32 activations [T, K], and their scales; channels contiguous.
 
-    ``gated``: of silu(gate) * up in BF16, where ``x_TK`` is [gate | up].
+    ``gated``, ``rows_1``: as in `quant.quantise`.
     """
     check(x_TK.dim() == 2 and x_TK.stride(1) == 1, "channels must be contiguous", "quantise_rows")
     chip = chip_of(x_TK.device)
@@ -62,7 +65,7 @@ def quantise_rows(x_TK: torch.Tensor, gated: bool = False) -> Codes:
     out = empty_codes(tokens, channels, x_TK.device, "int8")
     block = min(_PIECE, power_of_2(channels))
     _quantise_rows[(tokens,)](
-        x_TK, x_TK.stride(0), *out, channels, GATED=gated, INSTRUCTION=chip.encodes_fp8, BLOCK=block,
+        x_TK, x_TK.stride(0), rows_1, *out, channels, GATED=gated, INSTRUCTION=chip.encodes_fp8, BLOCK=block,
         PIECES=cdiv(channels, block), PDL=chip.dependent_launch, **options(chip, warps=4 if block < 4096 else 8),
     )  # fmt: skip
     return out

@@ -28,12 +28,20 @@ _ROWS = 4
 
 
 class Sorted(NamedTuple):
-    """Pairs sorted by expert, and tiles of them. Pairs of experts that are not here come last, in no tile."""
+    """Pairs sorted by expert, and tiles of them. Pairs of experts that are not here come last, in no tile: what is
+    worked out for sorted pairs ends before them.
+    """
 
     pair_R: torch.Tensor  # int32: t P + p
     expert_U: torch.Tensor  # int32; a tile whose expert is not in the stack is not run
     start_U: torch.Tensor  # int32, the tile's first place among the sorted pairs
     rows_U: torch.Tensor  # int32
+    own_1: torch.Tensor | None  # int32, how many pairs are of experts that are here; None: all
+
+    @property
+    def tiles(self) -> tuple[torch.Tensor, ...]:
+        """What products read."""
+        return self[:4]
 
 
 @triton.jit
@@ -57,8 +65,8 @@ def _count(ids_ptr, count_ptr, R, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 
 @triton.jit(do_not_specialize=["U"])
 def _tile(
-    count_ptr, next_ptr, expert_ptr, start_ptr, rows_ptr, U, E, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    count_ptr, next_ptr, expert_ptr, start_ptr, rows_ptr, own_ptr, U, E, BLOCK_M: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: E experts and one more, for the tiles that are not used."""
     expert = tl.program_id(0)
@@ -71,6 +79,8 @@ def _tile(
     first = tl.sum(tl.where(e_E < expert, count_E, 0), 0)
     tile = tl.sum(tl.where(e_E < expert, tiles_E, 0), 0)
     tl.store(next_ptr + expert, first)
+    if own_ptr is not None:
+        tl.store(own_ptr, first, mask=expert == E)
     count = tl.sum(tl.where(e_E == expert, count_E, 0), 0)
     tiles = U - tile if expert == E else (count + BLOCK_M - 1) // BLOCK_M
     size = tl.minimum(tl.cdiv(tl.cdiv(count, tl.maximum(tiles, 1)), _STEP) * _STEP, BLOCK_M)
@@ -94,30 +104,35 @@ def _place(ids_ptr, next_ptr, pair_ptr, R, E, BLOCK: tl.constexpr, PDL: tl.const
     tl.store(pair_ptr + place_R, r_R, mask=r_R < R)
 
 
-def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int) -> Sorted:
-    """Tiles of up to ``block_m`` pairs with the same expert, experts ascending; an expert's are about equally tall."""
+def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int, foreign: bool = False) -> Sorted:
+    """Tiles of up to ``block_m`` pairs with the same expert, experts ascending; an expert's are about equally tall.
+
+    ``foreign``: whether there may be pairs of experts that are not here.
+    """
     check(ids_TP.dtype == torch.int32 and ids_TP.is_contiguous(), f"choices in {ids_TP.dtype}", "sort_pairs")
     pairs, device = ids_TP.numel(), ids_TP.device
     chip = chip_of(device)
     used = min(pairs, min(experts, pairs) + pairs // block_m)
     count_E = torch.zeros(experts + 1, dtype=torch.int32, device=device)
-    next_E, pair_R, *tables_U = (
+    next_E, pair_R, expert_U, start_U, rows_U = (
         torch.empty(size, dtype=torch.int32, device=device) for size in (experts + 1, pairs, used, used, used)
     )
+    own_1 = torch.empty(1, dtype=torch.int32, device=device) if foreign else None
     blocks = cdiv(pairs, _PAIRS)
     padded = power_of_2(experts + 1)
     common = {"PDL": chip.dependent_launch, **options(chip, 4)}
     _count[(blocks,)](ids_TP, count_E, pairs, experts, BLOCK=_PAIRS, EXPERTS=padded, **common)
     _tile[(experts + 1,)](
-        count_E, next_E, *tables_U, used, experts, BLOCK_M=block_m, EXPERTS=padded, BLOCK=_TILES, **common
-    )
+        count_E, next_E, expert_U, start_U, rows_U, own_1, used, experts, BLOCK_M=block_m, EXPERTS=padded,
+        BLOCK=_TILES, **common,
+    )  # fmt: skip
     _place[(blocks,)](ids_TP, next_E, pair_R, pairs, experts, BLOCK=_PAIRS, **common)
-    return Sorted(pair_R, *tables_U)
+    return Sorted(pair_R, expert_U, start_U, rows_U, own_1)
 
 
 @triton.jit(do_not_specialize=["R", "scales_stride", "out_scales_stride"])
 def _gather(
-    words_ptr, words_stride, scales_ptr, scales_row_stride, scales_stride, pair_ptr, out_ptr, out_scales_ptr,
+    words_ptr, words_stride, scales_ptr, scales_row_stride, scales_stride, pair_ptr, own_ptr, out_ptr, out_scales_ptr,
     out_scales_row_stride, out_scales_stride, R, P, W, G, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_G: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -126,6 +141,10 @@ def _gather(
     w_W = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     pdl.wait(PDL)
     pdl.release(PDL)
+    if own_ptr is not None:
+        R = tl.load(own_ptr)
+        if tl.program_id(0) * ROWS >= R:
+            return
     token_R = (tl.load(pair_ptr + r_R, mask=r_R < R, other=0) // P).to(tl.int64)
     mask_RW = (r_R < R)[:, None] & (w_W < W)[None, :]
     words_RW = tl.load(words_ptr + (token_R * words_stride)[:, None] + w_W[None, :], mask=mask_RW)
@@ -139,7 +158,10 @@ def _gather(
 
 
 def gather(x: Codes | torch.Tensor, pairs: Sorted, choices: int) -> Codes | torch.Tensor:
-    """The tokens' activations [T, K], a row for each sorted pair; scales stay in the order in which they lie."""
+    """The tokens' activations [T, K], a row for each sorted pair; scales stay in the order in which they lie.
+
+    Rows of pairs of experts that are not here are undefined.
+    """
     values = x.codes if isinstance(x, Codes) else x
     channels = values.shape[1]
     size = channels * values.element_size()
@@ -157,8 +179,8 @@ def gather(x: Codes | torch.Tensor, pairs: Sorted, choices: int) -> Codes | torc
     width = words.shape[1]
     block_w = min(1024, power_of_2(width))
     _gather[(cdiv(rows, _ROWS), cdiv(width, block_w))](
-        words, words.stride(0), scales, *strides, pairs.pair_R, out_words, out_scales, *out_strides, rows, choices,
-        width, groups, ROWS=_ROWS, BLOCK_W=block_w, BLOCK_G=power_of_2(max(1, groups)),
+        words, words.stride(0), scales, *strides, pairs.pair_R, pairs.own_1, out_words, out_scales, *out_strides, rows,
+        choices, width, groups, ROWS=_ROWS, BLOCK_W=block_w, BLOCK_G=power_of_2(max(1, groups)),
         PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip
     return out if out_scales is None else Codes(out, out_scales)

@@ -76,7 +76,7 @@ def int8_codes(x_GX, scale_G, INSTRUCTION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["scales_stride"])
 def _quantise(
-    x_ptr, x_stride, codes_ptr, scales_ptr, scales_stride, K, GATED: tl.constexpr,
+    x_ptr, x_stride, rows_ptr, codes_ptr, scales_ptr, scales_stride, K, GATED: tl.constexpr,
     UE8M0: tl.constexpr, FNUZ: tl.constexpr, INSTRUCTION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -84,6 +84,9 @@ def _quantise(
     k_GX = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
     pdl.wait(PDL)
     pdl.release(PDL)
+    last = t if rows_ptr is None else tl.load(rows_ptr) - 1
+    if t > last:
+        return
     x_GX = tl.load(x_ptr + t * x_stride + k_GX, mask=k_GX < K, other=0.0).to(tl.float32)
     if GATED:
         up_GX = tl.load(x_ptr + t * x_stride + K + k_GX, mask=k_GX < K, other=0.0).to(tl.float32)
@@ -93,10 +96,11 @@ def _quantise(
     tl.store(scales_ptr + t + group_G * scales_stride, scale_G, mask=group_G * 128 < K)
 
 
-def quantise(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False) -> Codes:
+def quantise(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False, rows_1: torch.Tensor | None = None) -> Codes:
     """1 x 128 codes of BF16 or FP32 activations [T, K]; channels contiguous.
 
-    ``gated``: of silu(gate) * up in BF16, where ``x_TK`` is [gate | up].
+    ``gated``: of silu(gate) * up in BF16, where ``x_TK`` is [gate | up]. ``rows_1``: int32, how many of the rows are to
+    be worked on; codes and scales of others are undefined.
     """
     check(x_TK.dim() == 2 and x_TK.stride(1) == 1, "activations must be [T, K] with contiguous channels", "quantise")
     chip = chip_of(x_TK.device)
@@ -106,15 +110,17 @@ def quantise(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False) -> Co
     out = empty_codes(tokens, channels, x_TK.device)
     block = 1024 if tokens * channels < MANY else 2048
     _quantise[(tokens, cdiv(channels, block))](
-        x_TK, x_TK.stride(0), out.codes.view(torch.uint8), out.scales, tokens, channels, GATED=gated,
+        x_TK, x_TK.stride(0), rows_1, out.codes.view(torch.uint8), out.scales, tokens, channels, GATED=gated,
         UE8M0=ue8m0, FNUZ=chip.fnuz, INSTRUCTION=chip.encodes_fp8, BLOCK=block, PDL=chip.dependent_launch,
         **options(chip, warps=4),
     )  # fmt: skip
     return out
 
 
-def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False) -> Codes:
-    """The twin of `quantise`."""
+def quantise_eager(
+    x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False, rows_1: torch.Tensor | None = None
+) -> Codes:
+    """The twin of `quantise`; of all rows."""
     x_TK = _joined(x_TK) if gated else x_TK
     tokens, channels = x_TK.shape
     groups = cdiv(channels, GROUP)
@@ -130,8 +136,8 @@ def quantise_eager(x_TK: torch.Tensor, ue8m0: bool = False, gated: bool = False)
     return Codes(codes.contiguous(), scales_TG * half)
 
 
-def quantise_rows_eager(x_TK: torch.Tensor, gated: bool = False) -> Codes:
-    """The twin of `int8.quantise_rows`."""
+def quantise_rows_eager(x_TK: torch.Tensor, gated: bool = False, rows_1: torch.Tensor | None = None) -> Codes:
+    """The twin of `int8.quantise_rows`; of all rows."""
     x_TK = _joined(x_TK) if gated else x_TK.float()
     scales_T1 = divided(x_TK.abs().amax(1, keepdim=True).clamp(min=1e-10), 127)
     return Codes((x_TK / scales_T1).round().clamp(-127, 127).to(torch.int8), scales_T1)

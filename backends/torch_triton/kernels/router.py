@@ -32,6 +32,7 @@ LANES = 32
 LIBRARY_TOKENS = 512  # beyond, a library's product of the logits is faster, and its launch does not count
 MASKED = tl.constexpr(-3e38)  # below every score, above what is taken or padding
 TAKEN = tl.constexpr(0x7FFFFF - 2**31)  # what `_ordered` makes of -inf
+_HELD = ("first", "routed", "first_token", "last_token")  # what kernels are told of `Held`
 
 
 class Config(NamedTuple):
@@ -54,6 +55,18 @@ def choose(tokens: int, weight_ED: torch.Tensor, chip: Chip) -> Config:
 class Choice(NamedTuple):
     ids: torch.Tensor  # int32 [T, K + shared]: chosen experts, best first, then the shared ones
     weights: torch.Tensor  # float32 [T, K + shared]: 1 for the shared ones
+
+
+class Held(NamedTuple):
+    """What a rank's stack has: routed experts from ``first`` on, then the shared ones, for ``tokens`` of a step's.
+
+    A choice that is not there, of an expert elsewhere or a shared one for another rank's token, gets the number after
+    the stack's last.
+    """
+
+    first: int
+    routed: int
+    tokens: range
 
 
 class Scratch(NamedTuple):
@@ -161,14 +174,16 @@ def _bias(
 
 @triton.jit
 def _choose(
-    logits_ptr, pitch, bias_TGRL, ids_ptr, weights_ptr, scaling, row_T, T,
-    SPLITS: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr,
-    X: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    logits_ptr, pitch, bias_TGRL, ids_ptr, weights_ptr, scaling, row_T, T, first, routed, first_token, last_token,
+    HELD: tl.constexpr, SPLITS: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+    SIGMOID: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     """The choices of tokens ``row_T`` from partial logits [S, T, E], added in their order.
 
-    ``pitch``: of a row of logits. What is known of it decides how scores lie. Nothing is: lanes then load single
-    numbers, L is along the lanes and T along the warps. The same goes for the bias and its stride.
+    HELD: numbers are those of a stack, `Held`. ``pitch``: of a row of logits. What is known of it decides how scores
+    lie. Nothing is: lanes then load single numbers, L is along the lanes and T along the warps. The same goes for the
+    bias and its stride.
     """
     G: tl.constexpr = bias_TGRL.shape[1]
     R: tl.constexpr = bias_TGRL.shape[2]
@@ -208,16 +223,28 @@ def _choose(
     if SCALE:
         weight_TK *= scaling
     weight_TK = tl.where(k_1K < K, weight_TK, 1.0)
+    if HELD:
+        is_ours_T = (row_T >= first_token) & (row_T < last_token)
+        id_TK = _in_stack(id_TK, is_ours_T, first, routed, E, SHARED)
     out_TK = row_T[:, None] * (K + SHARED) + k_1K
     mask_TK = (row_T < T)[:, None] & (k_1K < K + SHARED)
     tl.store(ids_ptr + out_TK, id_TK, mask=mask_TK)
     tl.store(weights_ptr + out_TK, weight_TK, mask=mask_TK)
 
 
-@triton.jit(do_not_specialize=["T", "pitch", "bias_stride"])
+@triton.jit
+def _in_stack(id_TK, is_ours_T, first, routed, E: tl.constexpr, SHARED: tl.constexpr):
+    """Of chosen experts, and shared ones from E on."""
+    own_TK = id_TK - first
+    is_own_TK = (own_TK >= 0) & (own_TK < routed) & (id_TK < E)
+    shared_TK = tl.where((id_TK >= E) & is_ours_T[:, None], id_TK - E, SHARED)
+    return tl.where(is_own_TK, own_TK, routed + shared_TK)
+
+
+@triton.jit(do_not_specialize=["T", "pitch", "bias_stride", *_HELD])
 def _route(
     x_ptr, x_stride, w_ptr, w_stride, bias_ptr, bias_stride, logits_ptr, pitch, arrived_ptr, ids_ptr, weights_ptr,
-    scaling, T, D,
+    scaling, T, D, first, routed, first_token, last_token, HELD: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, X: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr,
     SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
@@ -246,17 +273,17 @@ def _route(
     tl.store(split_ptr + place_ET, tl.sum(even_ETQ + odd_ETQ, 2), mask=(t_T < T)[None, :] & (e_E < E)[:, None])
     if tiles.is_last(arrived_ptr + tile, tl.num_programs(0) * tl.num_programs(1)):
         _choose(
-            logits_ptr, pitch, bias_TGRL, ids_ptr, weights_ptr, scaling, t_T, T, SPLITS, E, K, SHARED, SIGMOID, X,
-            LIMIT, TOP_GROUPS, NORMALISE, SCALE,
+            logits_ptr, pitch, bias_TGRL, ids_ptr, weights_ptr, scaling, t_T, T, first, routed, first_token,
+            last_token, HELD, SPLITS, E, K, SHARED, SIGMOID, X, LIMIT, TOP_GROUPS, NORMALISE, SCALE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "pitch", "bias_stride"])
+@triton.jit(do_not_specialize=["T", "pitch", "bias_stride", *_HELD])
 def _choose_of_logits(
-    logits_ptr, pitch, bias_ptr, bias_stride, ids_ptr, weights_ptr, scaling, T,
-    E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr, X: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, L: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, pitch, bias_ptr, bias_stride, ids_ptr, weights_ptr, scaling, T, first, routed, first_token, last_token,
+    HELD: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr,
+    X: tl.constexpr, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, LIMIT: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    NORMALISE: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of T."""
     bias_TGRL = _bias(bias_ptr, bias_stride, E, X, G, R, L, BLOCK_T)
@@ -264,8 +291,8 @@ def _choose_of_logits(
     pdl.release(PDL)
     _choose(
         logits_ptr, pitch, bias_TGRL, ids_ptr, weights_ptr, scaling,
-        tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), T, 1, E, K, SHARED, SIGMOID, X, LIMIT, TOP_GROUPS,
-        NORMALISE, SCALE,
+        tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), T, first, routed, first_token, last_token, HELD, 1, E, K,
+        SHARED, SIGMOID, X, LIMIT, TOP_GROUPS, NORMALISE, SCALE,
     )  # fmt: skip
 
 
@@ -277,10 +304,12 @@ def choose_experts(
     room: Scratch,
     shared: int = 0,
     config: Config | None = None,
+    held: Held | None = None,
 ) -> Choice:
     """Route tokens ``x_TD`` (BF16). ``weight_ED`` BF16 or FP32; products and sums are FP32 either way.
 
-    ``shared`` experts, numbered from E, are appended to each token's choices with weight 1.
+    ``shared`` experts, numbered from E, are appended to each token's choices with weight 1. With ``held`` numbers are
+    those of a rank's stack.
     """
     name = "choose_experts"
     tokens, hidden = x_TD.shape
@@ -302,17 +331,18 @@ def choose_experts(
     per_group = experts // groups if limited else experts
     normalise = spec.norm_topk_prob and (choices > 1 or spec.scales_normalised_weights)
     bias_stride = 0 if bias_E is None else bias_E.stride(0)
+    numbers = (0,) * 4 if held is None else (held.first, held.routed, held.tokens.start, held.tokens.stop)
     lanes = min(LANES, power_of_2(per_group))
     rules = {
-        "E": experts, "K": choices, "SHARED": shared, "SIGMOID": spec.scoring_func == "sigmoid", "X": per_group,
-        "G": power_of_2(groups) if limited else 1, "R": power_of_2(per_group) // lanes, "L": lanes, "LIMIT": limited,
-        "TOP_GROUPS": spec.topk_group, "NORMALISE": normalise,
-        "SCALE": not normalise or spec.scales_normalised_weights, "PDL": chip.dependent_launch,
+        "HELD": held is not None, "E": experts, "K": choices, "SHARED": shared,
+        "SIGMOID": spec.scoring_func == "sigmoid", "X": per_group, "G": power_of_2(groups) if limited else 1,
+        "R": power_of_2(per_group) // lanes, "L": lanes, "LIMIT": limited, "TOP_GROUPS": spec.topk_group,
+        "NORMALISE": normalise, "SCALE": not normalise or spec.scales_normalised_weights, "PDL": chip.dependent_launch,
     }  # fmt: skip
     if tokens > LIBRARY_TOKENS:
         logits_TE = product_f32(x_TD, weight_ED)
         _choose_of_logits[(cdiv(tokens, BLOCK_T),)](
-            logits_TE, experts, bias_E, bias_stride, *out, spec.routed_scaling_factor, tokens, **rules,
+            logits_TE, experts, bias_E, bias_stride, *out, spec.routed_scaling_factor, tokens, *numbers, **rules,
             BLOCK_T=BLOCK_T, **options(chip, WARPS),
         )  # fmt: skip
         return out
@@ -322,22 +352,33 @@ def choose_experts(
     limit = {"maxnreg": config.registers} if config.registers and chip.name.startswith("sm_") else {}
     _route[(cdiv(experts, config.block_e), splits, cdiv(tokens, config.block_t))](
         x_TD, x_TD.stride(0), weight_ED, weight_ED.stride(0), bias_E, bias_stride, room.logits_STE, experts,
-        room.arrived, *out, spec.routed_scaling_factor, tokens, hidden, **rules, BLOCK_T=config.block_t,
+        room.arrived, *out, spec.routed_scaling_factor, tokens, hidden, *numbers, **rules, BLOCK_T=config.block_t,
         BLOCK_E=config.block_e, PARTS=config.parts, PART=part, SPLITS=splits, **options(chip, config.warps), **limit,
     )  # fmt: skip
     return out
 
 
 def choose_experts_eager(
-    x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, spec: ModelSpec, shared: int = 0
+    x_TD: torch.Tensor,
+    weight_ED: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    spec: ModelSpec,
+    shared: int = 0,
+    held: Held | None = None,
 ) -> Choice:
     """The twin of `choose_experts`: FP32 logits through the neutral definition."""
     logits_TE = (x_TD.float() @ weight_ED.float().t()).cpu().numpy()
     ids, weights = route(spec, logits_TE, None if bias_E is None else bias_E.cpu().numpy())
     tokens, device = len(x_TD), x_TD.device
     shared_ids = torch.arange(spec.n_routed_experts, spec.n_routed_experts + shared, device=device).expand(tokens, -1)
+    ids_TP = torch.cat([torch.from_numpy(ids).to(device), shared_ids], 1).int()
+    if held is not None:
+        nowhere = held.routed + shared
+        number_X = torch.full((spec.n_routed_experts + shared,), nowhere, dtype=torch.int32, device=device)
+        number_X[held.first : held.first + held.routed] = torch.arange(held.routed, dtype=torch.int32, device=device)
+        number_X[spec.n_routed_experts :] = torch.arange(held.routed, nowhere, dtype=torch.int32, device=device)
+        ids_TP = number_X[ids_TP.long()]
+        ids_TP[: held.tokens.start, spec.num_experts_per_tok :] = nowhere
+        ids_TP[held.tokens.stop :, spec.num_experts_per_tok :] = nowhere
     ones = torch.ones(tokens, shared, device=device)
-    return Choice(
-        torch.cat([torch.from_numpy(ids).to(device), shared_ids], 1).int(),
-        torch.cat([torch.from_numpy(weights).to(device), ones], 1),
-    )
+    return Choice(ids_TP, torch.cat([torch.from_numpy(weights).to(device), ones], 1))
