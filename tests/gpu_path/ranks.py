@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 from deepspan.backends.leading import Leader, follow
+from deepspan.backends.torch_triton.gpu import experts
 from deepspan.backends.torch_triton.gpu.runner import GpuRunner
+from deepspan.backends.torch_triton.kernels import grouped
 from deepspan.backends.torch_triton.rank import join
 from tests.backends.opening import WIDTH, DictWeights, random_tokens, step, step_batch
 from tests.gpu_path.opening import SPECS, run_of
@@ -15,9 +18,11 @@ from tests.specs import random_weights
 
 MODES = {"tp2": {"tp": 2}, "ep2": {"tp": 2, "ep": 2}, "dp2": {"dp": 2}, "dp2-ep2": {"dp": 2, "ep": 2}, "pp2": {"pp": 2}}
 SHARED = {name: SPECS[name].replace({"vocab_size": 88}) for name in ("v3", "v2-lite: no q_lora, two shared experts")}
-# Mode, precision, number in SHARED.
-CASES = [(mode, "bf16", 0) for mode in MODES] + [(mode, "fp8", 1) for mode in ("tp2", "ep2", "dp2-ep2")]
-CASES.append(("tp2", "w8a8", 1))
+FEW = experts.FEW_TOKENS
+MANY = 8  # tokens of a step, beyond which experts take them as they take a long prompt's
+# Mode, precision, number in SHARED, tokens that are few.
+CASES = [(mode, "bf16", 0, FEW) for mode in MODES] + [(mode, "fp8", 1, FEW) for mode in ("tp2", "ep2", "dp2-ep2")]
+CASES += [("tp2", "w8a8", 1, FEW), ("ep2", "fp8", 1, MANY), ("dp2-ep2", "fp8", 1, MANY)]
 # Steps of (sequence, first token, token after the last): a prompt beside a short one, a sequence alone, and both.
 STEPS = [[(0, 0, 7), (1, 0, 2)], [(0, 7, 8)], [(1, 2, 4), (0, 8, 10)]]
 
@@ -51,10 +56,17 @@ def experts_hit(runner, batch, rank):
 
 
 def main(folder):
-    for mode, dtype, number in CASES:
+    small_tiles = mock.patch.object(grouped, "choose", lambda chip: grouped.Config(16, 64, 4, 2))
+    for case in CASES:
+        mode, dtype, number, few = case
         rank = join(run_of(dtype, MODES[mode]))
-        logits, hit = forward(list(SHARED.values())[number], dtype, rank, MODES[mode])
-        np.savez(folder / f"{mode}-{dtype}-{number}-{rank.rank}.npz", logits=logits, hit=hit)
+        with mock.patch.object(experts, "FEW_TOKENS", few), small_tiles:
+            logits, hit = forward(list(SHARED.values())[number], dtype, rank, MODES[mode])
+        np.savez(folder / result_name(*case, rank.rank), logits=logits, hit=hit)
+
+
+def result_name(mode, dtype, number, few, rank):
+    return f"{mode}-{dtype}-{number}-{few}-{rank}.npz"
 
 
 if __name__ == "__main__":

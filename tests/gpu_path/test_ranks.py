@@ -12,7 +12,7 @@ from deepspan.convert.checkpoint import Checkpoint
 from deepspan.convert.weights import CheckpointWeights
 from deepspan.models.hf_config import spec_from_hf
 from tests.backends.opening import BF16, DEMO, median_token_difference
-from tests.gpu_path.ranks import CASES, SHARED, forward
+from tests.gpu_path.ranks import CASES, SHARED, forward, result_name
 from tests.gpu_path.test_forward import FP8_ACTIVATIONS
 from tests.launches import free_port
 
@@ -44,13 +44,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single():
     """Logits of one process and the experts that a step of it uses, by precision and spec."""
-    cases = dict.fromkeys((dtype, number) for _, dtype, number in CASES)
+    cases = dict.fromkeys((dtype, number) for _, dtype, number, _ in CASES)
     return {(dtype, number): forward(list(SHARED.values())[number], dtype) for dtype, number in cases}
 
 
-@pytest.mark.parametrize(("mode", "dtype", "number"), CASES)
-def test_two_ranks_compute_what_one_does(folder, single, mode, dtype, number):
-    first, second = (np.load(folder / f"{mode}-{dtype}-{number}-{rank}.npz") for rank in range(2))
+@pytest.mark.parametrize(("mode", "dtype", "number", "few"), CASES)
+def test_two_ranks_compute_what_one_does(folder, single, mode, dtype, number, few):
+    first, second = (np.load(folder / result_name(mode, dtype, number, few, rank)) for rank in range(2))
     logits, hit = single[dtype, number]
     np.testing.assert_array_equal(first["logits"], second["logits"])
     assert median_token_difference(first["logits"], logits) <= TOLERANCE[dtype]
