@@ -29,6 +29,7 @@ from deepspan.backends.torch_triton.kernels import (
     entries,
     experts,
     few_rows,
+    gate,
     gather,
     grouped,
     grouped_hopper,
@@ -254,6 +255,7 @@ def launch_prompts(chip: chips.Chip) -> None:
         for x in activations(chip, weight, 600, 7168):
             pairs.gather(x, foreign_pairs, 9)
     for gated in (False, True):
+        gate.gate(empty(5400, 4096), foreign_pairs.own_1 if gated else None)
         int8.quantise_rows(empty(5400, 4096), gated, foreign_pairs.own_1)
         if chip.fp8_units:
             quant.quantise(empty(5400, 4096), False, gated, foreign_pairs.own_1)
@@ -288,7 +290,10 @@ def launch_tokens(chip: chips.Chip) -> None:
 def launch_between_ranks(chip: chips.Chip) -> None:
     for count, dtype in ((1, torch.float32), (9, torch.float32), (9, torch.bfloat16)):
         combine.add_parts(empty(8, count, 7168, dtype=dtype))
-    combine.add_parts(empty(600, 9, 7168), empty(600, 9, dtype=torch.int32), 33)
+    ids, places = empty(600, 9, dtype=torch.int32), empty(5400, dtype=torch.int32)
+    combine.add_parts(empty(600, 9, 7168), ids, 33)
+    for limits in ((), (ids, 33)):
+        combine.add_sorted(empty(5400, 7168), places, empty(600, 9, dtype=torch.float32), *limits)
     for ranks in (2, 4, 8):
         counts = empty(2, dtype=torch.int32)
         group = peers.Peers(1, empty(ranks, dtype=torch.int64), counts, empty(1, dtype=torch.uint8))
@@ -307,7 +312,7 @@ def main(name: str) -> None:
     launches = Launches(chip)
     modules = (
         quant, norm, int8, few_rows, experts, grouped, router, mla_decode, prompt_attention, absorb, rope_cache,
-        entries, best, logits, embed, pairs, combine, decoded, gather, values,
+        entries, best, logits, embed, pairs, combine, decoded, gate, gather, values,
     )  # fmt: skip
     for module in modules:
         module.chip_of = lambda device: chip

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deepspan.backends.torch_triton.kernels import combine as kernel
+from deepspan.backends.torch_triton.kernels.pairs import sort_pairs
 from deepspan.models.errors import DeepspanError
 from tests.kernels.test_rope_cache import frame
 
@@ -27,3 +28,18 @@ def test_parts_of_experts_that_are_not_here_are_not_read():
     torch.testing.assert_close(got, kernel.add_parts_eager(branch, ids, 4), rtol=2**-7, atol=1e-6)
     with pytest.raises(DeepspanError, match=r"choices \(40, 4\) in torch.int32: kernel add_parts"):
         kernel.add_parts(branch, ids[:, :4], 4)
+
+
+def test_rows_of_sorted_pairs():
+    ids = torch.randint(-1, 6, (40, 5)).int()
+    ids[3] = 4
+    pairs = sort_pairs(ids, 4, 16, foreign=True)
+    y = torch.randn(200, 52).bfloat16()
+    weights = torch.rand(40, 5)
+    for limits in ((), (ids, 4)):
+        got = kernel.add_sorted(y, pairs.place_R, weights, *limits)
+        torch.testing.assert_close(got, kernel.add_sorted_eager(y, pairs.place_R, weights, *limits))
+        y[int(pairs.own_1) :] = torch.nan
+    assert not got[3].any()
+    with pytest.raises(DeepspanError, match=r"200 rows for weights \(39, 5\) in torch.float32: kernel add_sorted"):
+        kernel.add_sorted(y, pairs.place_R, weights[:39])

@@ -40,6 +40,8 @@ def test_pairs_of_experts_that_are_not_here_come_last():
     ids = torch.tensor([[0, -1, 2], [3, 1, 2], [1, 7, 0]], dtype=torch.int32)
     pairs = sort_pairs(ids, 3, 16, foreign=True)
     assert pairs.own_1.tolist() == [6]
+    assert pairs.ends_E.tolist() == [2, 4, 6]
+    assert pairs.pair_R[pairs.place_R.long()].tolist() == list(range(9))
     assert sort_pairs(ids, 3, 16).own_1 is None
     assert [sorted(pairs.pair_R[a:b].tolist()) for a, b in ((0, 2), (2, 4), (4, 6), (6, 9))] == [
         [0, 8], [4, 6], [2, 5], [1, 3, 7]

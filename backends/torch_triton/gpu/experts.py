@@ -11,20 +11,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import experts as kernels
 from ..kernels import grouped
 from ..kernels.chips import chip_of
-from ..kernels.combine import add_parts
+from ..kernels.combine import add_parts, add_sorted
 from ..kernels.experts import Stack
+from ..kernels.gate import gate
 from ..kernels.pairs import Sorted, gather, sort_pairs
 from ..kernels.router import Choice
-from ..layers import gated
 from .linear import Form, Operand
 
+_TILE = 64  # of sorted pairs, which the library's products do not read
 FEW_TOKENS = 512  # up to here one program orders the pairs, and memory is the limit
 
 
@@ -82,7 +82,7 @@ class KernelExperts:
 
 
 class Bf16Experts:
-    """As `KernelExperts`; results are FP32."""
+    """As `KernelExperts`, with a library's products; gives the sum in FP32."""
 
     form = Form()
 
@@ -94,13 +94,10 @@ class Bf16Experts:
 
     def __call__(self, x: Operand, choice: Choice) -> Tensor:
         assert isinstance(x, Tensor), "BF16 weights take BF16 activations"
-        tokens, choices = choice.ids.shape
-        sorted_R, order_R = choice.ids.flatten().sort(stable=True)
-        expert_E = torch.arange(len(self._gate_up), dtype=torch.int32, device=x.device)
-        ends_E = torch.searchsorted(sorted_R, expert_E, right=True, out_int32=True)
-        h_RI = gated(F.grouped_mm(x[order_R // choices], self._gate_up, offs=ends_E))
-        y_RD = F.grouped_mm(h_RI, self._down, offs=ends_E).float()
-        y_RD *= choice.weights.flatten()[order_R, None]
-        if self._foreign:
-            y_RD.masked_fill_((sorted_R >= len(expert_E))[:, None], 0)
-        return torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(tokens, choices, -1)
+        experts = len(self._gate_up)
+        pairs = sort_pairs(choice.ids, experts, _TILE, self._foreign)
+        x_RD = gather(x, pairs, choice.ids.shape[1])
+        assert isinstance(x_RD, Tensor)
+        h_RI = gate(F.grouped_mm(x_RD, self._gate_up, offs=pairs.ends_E), pairs.own_1)
+        y_RD = F.grouped_mm(h_RI, self._down, offs=pairs.ends_E)
+        return add_sorted(y_RD, pairs.place_R, choice.weights, choice.ids if self._foreign else None, experts)

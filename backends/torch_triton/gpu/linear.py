@@ -19,12 +19,12 @@ from ..kernels import norm
 from ..kernels.combine import add_parts
 from ..kernels.decoded import decoded
 from ..kernels.few_rows import few_rows
+from ..kernels.gate import gate
 from ..kernels.grouped import one_matrix
 from ..kernels.int8 import quantise_rows
 from ..kernels.norm import Normed, add_norm_quantise
 from ..kernels.quant import GROUP, Codes, quantise
 from ..kernels.weights import Fp8Weight, Int4Weight, Weight
-from ..layers import gated
 from ..parallel import ALONE, Group
 
 Operand = Codes | Tensor  # activations: quantised or BF16
@@ -45,7 +45,7 @@ class Form(NamedTuple):
 
     def gated(self, gate_up: Tensor, rows_1: Tensor | None = None) -> Operand:
         """silu(gate) * up of [gate | up] in this form."""
-        return gated(gate_up) if self.codes is None else self._quantised(gate_up, True, rows_1)
+        return gate(gate_up, rows_1) if self.codes is None else self._quantised(gate_up, True, rows_1)
 
     def _quantised(self, x: Tensor, is_gated: bool, rows_1: Tensor | None) -> Codes:
         if self.codes == "fp8":
@@ -76,7 +76,7 @@ class Bf16Linear:
         return F.linear(x, self._weight)
 
     def gated(self, x: Operand) -> Operand:
-        return gated(self(x))
+        return gate(self(x))
 
 
 class KernelLinear:
@@ -110,7 +110,7 @@ class Int4Linear(KernelLinear):
 
     def gated(self, x: Operand) -> Operand:
         assert isinstance(x, Tensor), "INT4 weights take BF16 activations"
-        return gated(self(x)) if len(x) >= MANY_ROWS else few_rows(x, self._int4, gated=True)
+        return gate(self(x)) if len(x) >= MANY_ROWS else few_rows(x, self._int4, gated=True)
 
 
 class Fp8Linear:
@@ -149,7 +149,7 @@ class Beside:
         return torch.cat([layer(x) for layer in self._layers], dim=1)
 
     def gated(self, x: Operand) -> Operand:
-        return gated(self(x))
+        return gate(self(x))
 
 
 def _rows(x: Operand) -> int:

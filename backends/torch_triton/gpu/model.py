@@ -213,7 +213,7 @@ class MoE:
         counts = [len(x_TD)] * replicas.size
         x_SD = replicas.below(x_TD, counts)
         y = self._experts(x_SD, self._choose(x_SD))
-        return replicas.own_total(y if y.dim() == 2 else add_parts(y), counts)
+        return replicas.own_total(add_parts(y) if y.dim() == 3 else y.bfloat16(), counts)
 
     def _choose(self, x_SD: Tensor) -> Choice:
         route = partial(choose_experts, x_SD, self._gate_ED, self._bias_E, self._spec, self._room, self._shared)

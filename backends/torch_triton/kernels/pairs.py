@@ -37,6 +37,8 @@ class Sorted(NamedTuple):
     start_U: torch.Tensor  # int32, the tile's first place among the sorted pairs
     rows_U: torch.Tensor  # int32
     own_1: torch.Tensor | None  # int32, how many pairs are of experts that are here; None: all
+    place_R: torch.Tensor  # int32: where pair t P + p is among the sorted ones
+    ends_E: torch.Tensor  # int32: the place after an expert's last pair
 
     @property
     def tiles(self) -> tuple[torch.Tensor, ...]:
@@ -94,14 +96,15 @@ def _tile(
 
 
 @triton.jit(do_not_specialize=["R"])
-def _place(ids_ptr, next_ptr, pair_ptr, R, E, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Grid: blocks of pairs."""
+def _place(ids_ptr, next_ptr, pair_ptr, place_ptr, R, E, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid: blocks of pairs. ``next_ptr``: first places become those after the last."""
     r_R = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pdl.wait(PDL)
     pdl.release(PDL)
     expert_R = _expert(ids_ptr, r_R, R, E)
     place_R = tl.atomic_add(next_ptr + expert_R, 1, mask=r_R < R)
     tl.store(pair_ptr + place_R, r_R, mask=r_R < R)
+    tl.store(place_ptr + r_R, place_R, mask=r_R < R)
 
 
 def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int, foreign: bool = False) -> Sorted:
@@ -114,8 +117,8 @@ def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int, foreign: bool =
     chip = chip_of(device)
     used = min(pairs, min(experts, pairs) + pairs // block_m)
     count_E = torch.zeros(experts + 1, dtype=torch.int32, device=device)
-    next_E, pair_R, expert_U, start_U, rows_U = (
-        torch.empty(size, dtype=torch.int32, device=device) for size in (experts + 1, pairs, used, used, used)
+    next_E, pair_R, place_R, expert_U, start_U, rows_U = (
+        torch.empty(size, dtype=torch.int32, device=device) for size in (experts + 1, pairs, pairs, used, used, used)
     )
     own_1 = torch.empty(1, dtype=torch.int32, device=device) if foreign else None
     blocks = cdiv(pairs, _PAIRS)
@@ -126,8 +129,8 @@ def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int, foreign: bool =
         count_E, next_E, expert_U, start_U, rows_U, own_1, used, experts, BLOCK_M=block_m, EXPERTS=padded,
         BLOCK=_TILES, **common,
     )  # fmt: skip
-    _place[(blocks,)](ids_TP, next_E, pair_R, pairs, experts, BLOCK=_PAIRS, **common)
-    return Sorted(pair_R, expert_U, start_U, rows_U, own_1)
+    _place[(blocks,)](ids_TP, next_E, pair_R, place_R, pairs, experts, BLOCK=_PAIRS, **common)
+    return Sorted(pair_R, expert_U, start_U, rows_U, own_1, place_R, next_E[:experts])
 
 
 @triton.jit(do_not_specialize=["R", "scales_stride", "out_scales_stride"])
