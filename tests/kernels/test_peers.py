@@ -1,5 +1,7 @@
 """What ranks send each other: a rank beside peers that have come already, and on a GPU all ranks at once."""
 
+import functools
+
 import pytest
 import torch
 
@@ -46,11 +48,16 @@ def test_what_has_no_room_is_one_clear_error():
         gather.beside(torch.zeros(1, 8).bfloat16(), peers)
 
 
+@functools.cache
+def streams() -> list:
+    return [torch.cuda.Stream() for _ in range(RANKS)]
+
+
 def at_once(act) -> None:
     """What every rank does, on streams of their own."""
     torch.cuda.synchronize()
-    for rank in range(RANKS):
-        with torch.cuda.stream(torch.cuda.Stream()):
+    for rank, stream in enumerate(streams()):
+        with torch.cuda.stream(stream):
             act(rank)
     torch.cuda.synchronize()
 
@@ -67,26 +74,35 @@ def test_ranks_at_once(monkeypatch):
     """Sums of different sizes, best and gathered columns one after the other, without a rest between them."""
     ranks = Ranks()
     cases = [parts_of(SHAPES[i % len(SHAPES)], i) for i in range(50)]
-    sums, joined, found = ([[None] * RANKS for _ in cases] for _ in range(3))
-
     counters = [torch.zeros(100, dtype=torch.int32) for _ in range(RANKS)]  # a device of one rank has one set
 
-    def act(rank):
-        """Between what sends are copies, as in a model other kernels are."""
+    def best(x, rank):
         monkeypatch.setattr(best_kernel, "counters", lambda device: counters[rank])
-        for number, x_R in enumerate(cases):
-            sums[number][rank] = sum_of(x_R[rank], ranks.peers[rank]).clone()
-            logits = x_R[rank].float()
-            found[number][rank] = best_kernel.best(logits, ranks=ranks.peers[rank]).clone()
-            if logits.numel() < 10000:
-                joined[number][rank] = gather.beside(logits, ranks.peers[rank]).clone()
+        return best_kernel.best(x.float(), ranks=ranks.peers[rank])
 
-    at_once(act)
-    for x_R, sum_R, joined_R, found_R in zip(cases, sums, joined, found, strict=True):
-        assert all(torch.equal(got, total(x_R)) for got in sum_R)
-        logits = torch.cat(x_R, 1).float()
-        assert all(got is None or torch.equal(got, logits) for got in joined_R)
-        assert all(got.tolist() == logits.argmax(dim=1).tolist() for got in found_R)
+    def joined(x, rank):
+        return gather.beside(x.float(), ranks.peers[rank])
+
+    def calls(x):
+        return [lambda x, rank: sum_of(x, ranks.peers[rank]), best, *([joined] if x.numel() < 10000 else [])]
+
+    def run(rank, steps):
+        """Between what sends are copies, as in a model other kernels are."""
+        for number, call in steps:
+            results[number, call][rank] = calls(cases[number][rank])[call](cases[number][rank], rank).clone()
+
+    steps = [(number, call) for number, x_R in enumerate(cases) for call in range(len(calls(x_R[0])))]
+    # First one at a time: a kernel that is loaded, or memory that is taken, for the first time waits for all that runs,
+    # and what runs waits for ranks that have not been launched.
+    for together in ([[step] for step in steps], [steps]):
+        results = {step: [None] * RANKS for step in steps}
+        for some in together:
+            at_once(lambda rank, some=some: run(rank, some))
+        for (number, call), got_R in results.items():
+            x_R = cases[number]
+            logits = torch.cat(x_R, 1).float()
+            wanted = (total(x_R), logits.argmax(dim=1).int(), logits)[call]
+            assert all(torch.equal(got, wanted) for got in got_R)
 
 
 @on_a_gpu
