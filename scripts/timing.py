@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ..backends.base import CountsExperts, IntArray, Runner, StepBatch, starts_ahead
+from ..backends.base import CountsExperts, IntArray, Runner, StepBatch, StepResult, starts_ahead
 from ..serving.batch import greedy_sampling
 
 _WARM_UP_STEPS = 2  # the first steps compile, allocate and touch memory
@@ -63,19 +64,30 @@ class Timer:
         return ends
 
     def _queued(self, token_ids_B1: IntArray, positions: list[int]) -> list[float]:
-        runner, ends = self._runner, []
-        assert starts_ahead(runner)
         unknown_B1 = -1 - np.arange(len(token_ids_B1), dtype=np.int32)[:, None]
-        pending = runner.start(self._batch(token_ids_B1, 0, positions[0], outputs=1))
-        for position in positions[1:]:
-            following = runner.start(self._batch(unknown_B1, 0, position, outputs=1))
-            token_ids_B1 = pending.result().token_ids_O[:, None]
+        given = [token_ids_B1, *[unknown_B1] * (len(positions) - 1)]
+        batches = (self._batch(part_B1, 0, at, outputs=1) for part_B1, at in zip(given, positions, strict=True))
+        ends, known = [], [token_ids_B1]
+        for result in self._results(batches):
             ends.append(time.perf_counter())
-            pending = following
-        pending.result()
-        ends.append(time.perf_counter())
-        self._last = self._batch(token_ids_B1, 0, positions[-1], outputs=1)
+            known.append(result.token_ids_O[:, None])
+        self._last = self._batch(known[-2], 0, positions[-1], outputs=1)
         return ends
+
+    def _results(self, batches: Iterable[StepBatch]) -> Iterator[StepResult]:
+        """Of steps each of which is started before the one ahead has ended, if the runner can."""
+        runner, pending = self._runner, None
+        for batch in batches:
+            self._last = batch
+            if not starts_ahead(runner):
+                yield runner.step(batch)
+                continue
+            following = runner.start(batch)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
     def repeat(self) -> None:
         """The last step again."""
@@ -93,24 +105,18 @@ class Timer:
 
         As the engine does, a runner that can is given each step before the one ahead of it has ended.
         """
-        together, chunk = max(1, self._tokens_per_step // tokens), min(tokens, self._tokens_per_step)
         start = time.perf_counter()
-        pending = None
+        for _ in self._results(self._prompts(sequences, tokens)):
+            pass
+        return time.perf_counter() - start
+
+    def _prompts(self, sequences: int, tokens: int) -> Iterator[StepBatch]:
+        together, chunk = max(1, self._tokens_per_step // tokens), min(tokens, self._tokens_per_step)
         for sequence in range(0, sequences, together):
             rows = slice(sequence, min(sequence + together, sequences))
             for first in range(0, tokens, chunk):
                 last = min(first + chunk, tokens)
-                self._last = self._batch(self._tokens_BT[rows, first:last], sequence, first, int(last == tokens))
-                if not starts_ahead(self._runner):
-                    self._runner.step(self._last)
-                    continue
-                following = self._runner.start(self._last)
-                if pending is not None:
-                    pending.result()
-                pending = following
-        if pending is not None:
-            pending.result()
-        return time.perf_counter() - start
+                yield self._batch(self._tokens_BT[rows, first:last], sequence, first, outputs=int(last == tokens))
 
     def _step(self, tokens_BT: IntArray, sequence: int, position: int, outputs: int) -> IntArray:
         """One step of the sequences from ``sequence`` on."""

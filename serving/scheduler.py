@@ -67,11 +67,7 @@ class Scheduler:
             chunks.append(_next_chunk(request, tokens))
             budget -= tokens
             position += 1
-        while budget and self.preemptions == preemptions and (admitted := self._admit()):
-            tokens = min(len(admitted.token_ids) - admitted.computed, budget)
-            chunks.append(_next_chunk(admitted, tokens))
-            budget -= tokens
-        return chunks
+        return chunks + self._admitted(budget) if self.preemptions == preemptions else chunks
 
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The step after ``chunks``, which run: the token that each of them yields, or more of its prompt.
@@ -93,10 +89,7 @@ class Scheduler:
                 return []
             planned.append((request, tokens, output))
             budget -= tokens
-        while budget and (admitted := self._admit()):
-            planned.append((admitted, min(len(admitted.token_ids) - admitted.computed, budget), None))
-            budget -= planned[-1][1]
-        return [_next_chunk(*part) for part in planned]
+        return [_next_chunk(*part) for part in planned] + self._admitted(budget)
 
     def publish(self, chunk: Chunk) -> None:
         """Let others share the blocks that a chunk of known tokens fills, once its step comes before theirs."""
@@ -116,6 +109,15 @@ class Scheduler:
             self.caches[request.replica].release(request.blocks)
         else:
             self.waiting.remove(request)
+
+    def _admitted(self, budget: int) -> list[Chunk]:
+        """First chunks of requests that waited, of at most ``budget`` tokens together."""
+        chunks = []
+        while budget and (request := self._admit()):
+            tokens = min(len(request.token_ids) - request.computed, budget)
+            chunks.append(_next_chunk(request, tokens))
+            budget -= tokens
+        return chunks
 
     def _admit(self) -> Request | None:
         """Start the request that waits longest, at the replica with the least to do of those that have the blocks."""

@@ -13,7 +13,7 @@ KERNELS = {
     "router._route", "router._choose_of_logits", "mla_decode._attend", "mla_decode._merge", "rope_cache._rope_cache",
     "entries._read", "absorb._absorb", "prompt_attention._prompt_attention", "grouped._grouped", "best._best",
     "pairs._count", "pairs._tile", "pairs._place", "pairs._gather", "embed._embed", "decoded._decoded",
-    "gather._beside", "logits._logits", "combine._add_parts", "combine._add_sorted", "gate._gate", "values._values",
+    "gather._beside", "logits._logits", "combine._add_parts", "gate._gate", "values._values",
 }  # fmt: skip
 HOPPER = {"grouped_hopper._grouped_hopper", "mla_hopper._mla_hopper", "prompt_hopper._prompt_hopper"}
 

@@ -18,20 +18,27 @@ BLOCK_D = 1024
 
 @triton.jit
 def _add_parts(
-    branch_ptr, stride_t, stride_p, ids_ptr, out_ptr, D, E, P: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr
+    branch_ptr, stride_t, stride_p, place_ptr, weights_ptr, ids_ptr, out_ptr, D, E, P: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tokens, tiles of D. Sums in FP32, in the order of the parts; of experts before E, where there are ids."""
+    """Grid: tokens, tiles of D. Sums in FP32, in the order of the parts; of experts before E, where there are ids.
+
+    With places a part is the row there. ``stride_t``: then of rows.
+    """
     t = tl.program_id(0).to(tl.int64)
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     pdl.wait(PDL)
     pdl.release(PDL)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
     for p in tl.static_range(P):
+        pair = t * P + p
         mask_D = d_D < D
         if ids_ptr is not None:
-            expert = tl.load(ids_ptr + t * P + p)
+            expert = tl.load(ids_ptr + pair)
             mask_D &= (expert >= 0) & (expert < E)
-        sum_D += tl.load(branch_ptr + t * stride_t + p * stride_p + d_D, mask=mask_D, other=0.0).to(tl.float32)
+        row = t if place_ptr is None else tl.load(place_ptr + pair).to(tl.int64)
+        part_D = tl.load(branch_ptr + row * stride_t + p * stride_p + d_D, mask=mask_D, other=0.0).to(tl.float32)
+        sum_D += part_D if weights_ptr is None else part_D * tl.load(weights_ptr + pair)
     tl.store(out_ptr + t * D + d_D, sum_D, mask=d_D < D)
 
 
@@ -41,38 +48,9 @@ def add_parts(branch_TPD: torch.Tensor, ids_TP: torch.Tensor | None = None, expe
     With ``ids_TP``, int32, parts of choices that are none of the first ``experts`` are not read and add nothing.
     """
     tokens, parts, hidden = branch_TPD.shape
-    if ids_TP is not None:
-        fits = ids_TP.shape == (tokens, parts) and ids_TP.dtype == torch.int32 and ids_TP.is_contiguous()
-        check(fits, f"choices {tuple(ids_TP.shape)} in {ids_TP.dtype}", "add_parts")
     check(branch_TPD.stride(2) == 1, "channels must be contiguous", "add_parts")
-    chip = chip_of(branch_TPD.device)
     out_TD = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=branch_TPD.device)
-    _add_parts[(tokens, cdiv(hidden, BLOCK_D))](
-        branch_TPD, *branch_TPD.stride()[:2], ids_TP, out_TD, hidden, experts, P=parts, BLOCK_D=BLOCK_D,
-        PDL=chip.dependent_launch, **options(chip, 4),
-    )  # fmt: skip
-    return out_TD
-
-
-@triton.jit
-def _add_sorted(
-    y_ptr, place_ptr, weights_ptr, ids_ptr, out_ptr, D, E, P: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """Grid: tokens, tiles of D. As `_add_parts`, of rows that lie where their pairs were sorted."""
-    t = tl.program_id(0).to(tl.int64)
-    d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    pdl.wait(PDL)
-    pdl.release(PDL)
-    sum_D = tl.zeros((BLOCK_D,), tl.float32)
-    for p in tl.static_range(P):
-        mask_D = d_D < D
-        if ids_ptr is not None:
-            expert = tl.load(ids_ptr + t * P + p)
-            mask_D &= (expert >= 0) & (expert < E)
-        row = tl.load(place_ptr + t * P + p).to(tl.int64)
-        y_D = tl.load(y_ptr + row * D + d_D, mask=mask_D, other=0.0).to(tl.float32)
-        sum_D += y_D * tl.load(weights_ptr + t * P + p)
-    tl.store(out_ptr + t * D + d_D, sum_D, mask=d_D < D)
+    return _launch("add_parts", branch_TPD, branch_TPD.stride()[:2], parts, (None, None), ids_TP, experts, out_TD)
 
 
 def add_sorted(
@@ -90,10 +68,22 @@ def add_sorted(
     fits = rows == place_R.numel() == tokens * choices and y_RD.is_contiguous() and weights_TP.is_contiguous()
     fits = fits and weights_TP.dtype == torch.float32
     check(fits, f"{rows} rows for weights {tuple(weights_TP.shape)} in {weights_TP.dtype}", "add_sorted")
-    chip = chip_of(y_RD.device)
     out_TD = torch.empty(tokens, hidden, dtype=torch.float32, device=y_RD.device)
-    _add_sorted[(tokens, cdiv(hidden, BLOCK_D))](
-        y_RD, place_R, weights_TP, ids_TP, out_TD, hidden, experts, P=choices, BLOCK_D=BLOCK_D,
+    return _launch("add_sorted", y_RD, (hidden, 0), choices, (place_R, weights_TP), ids_TP, experts, out_TD)
+
+
+def _launch(
+    name: str, parts: torch.Tensor, strides: tuple[int, ...], count: int, sorted_: tuple[torch.Tensor | None, ...],
+    ids_TP: torch.Tensor | None, experts: int, out_TD: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """``sorted_``: places and weights of rows that are sorted."""
+    tokens, hidden = out_TD.shape
+    if ids_TP is not None:
+        fits = ids_TP.shape == (tokens, count) and ids_TP.dtype == torch.int32 and ids_TP.is_contiguous()
+        check(fits, f"choices {tuple(ids_TP.shape)} in {ids_TP.dtype}", name)
+    chip = chip_of(parts.device)
+    _add_parts[(tokens, cdiv(hidden, BLOCK_D))](
+        parts, *strides, *sorted_, ids_TP, out_TD, hidden, experts, P=count, BLOCK_D=BLOCK_D,
         PDL=chip.dependent_launch, **options(chip, 4),
     )  # fmt: skip
     return out_TD
@@ -108,13 +98,15 @@ def add_sorted_eager(
 ) -> torch.Tensor:
     """The twin of `add_sorted`."""
     y_TPD = y_RD[place_R.long()].float().unflatten(0, weights_TP.shape) * weights_TP[:, :, None]
-    if ids_TP is not None:
-        y_TPD = y_TPD.masked_fill(((ids_TP < 0) | (ids_TP >= experts))[:, :, None], 0)
-    return y_TPD.sum(1)
+    return _own(y_TPD, ids_TP, experts).sum(1)
 
 
 def add_parts_eager(branch_TPD: torch.Tensor, ids_TP: torch.Tensor | None = None, experts: int = 0) -> torch.Tensor:
     """The twin of `add_parts`."""
-    if ids_TP is not None:
-        branch_TPD = branch_TPD.masked_fill(((ids_TP < 0) | (ids_TP >= experts))[:, :, None], 0)
-    return branch_TPD.sum(1, dtype=torch.float32).bfloat16()
+    return _own(branch_TPD, ids_TP, experts).sum(1, dtype=torch.float32).bfloat16()
+
+
+def _own(parts_TPD: torch.Tensor, ids_TP: torch.Tensor | None, experts: int) -> torch.Tensor:
+    if ids_TP is None:
+        return parts_TPD
+    return parts_TPD.masked_fill(((ids_TP < 0) | (ids_TP >= experts))[:, :, None], 0)

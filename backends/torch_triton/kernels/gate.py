@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..layers import gated
-from . import pdl
+from . import pdl, tiles
 from .chips import check, chip_of, options
 from .sizes import cdiv
 
@@ -24,13 +24,12 @@ def _gate(x_ptr, x_stride, rows_ptr, out_ptr, K, BLOCK: tl.constexpr, PDL: tl.co
     k_K = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     pdl.wait(PDL)
     pdl.release(PDL)
-    last = t if rows_ptr is None else tl.load(rows_ptr) - 1
-    if t > last:
+    if tiles.is_past(t, rows_ptr):
         return
     x_ptr += t * x_stride
     gate_K = tl.load(x_ptr + k_K, mask=k_K < K, other=0.0).to(tl.float32)
     up_K = tl.load(x_ptr + K + k_K, mask=k_K < K, other=0.0).to(tl.float32)
-    silu_K = (gate_K / (1.0 + tl.exp(-gate_K))).to(tl.bfloat16).to(tl.float32)
+    silu_K = tiles.silu_product(gate_K, 1.0).to(tl.bfloat16).to(tl.float32)
     tl.store(out_ptr + t * K + k_K, (silu_K * up_K).to(tl.bfloat16), mask=k_K < K)
 
 

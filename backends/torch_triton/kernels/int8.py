@@ -38,8 +38,7 @@ def _quantise_rows(
     k_X = tl.arange(0, BLOCK)
     pdl.wait(PDL)
     pdl.release(PDL)
-    last = t if rows_ptr is None else tl.load(rows_ptr) - 1
-    if t > last:
+    if tiles.is_past(t, rows_ptr):
         return
     first_1X = _values(x_ptr, k_X, K, GATED)
     amax_1 = tl.max(tl.abs(first_1X), 1)

@@ -67,8 +67,8 @@ def _count(ids_ptr, count_ptr, R, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 
 @triton.jit(do_not_specialize=["U"])
 def _tile(
-    count_ptr, next_ptr, expert_ptr, start_ptr, rows_ptr, own_ptr, U, E, BLOCK_M: tl.constexpr,
-    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    count_ptr, next_ptr, expert_ptr, start_ptr, rows_ptr, U, E, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: E experts and one more, for the tiles that are not used."""
     expert = tl.program_id(0)
@@ -81,8 +81,6 @@ def _tile(
     first = tl.sum(tl.where(e_E < expert, count_E, 0), 0)
     tile = tl.sum(tl.where(e_E < expert, tiles_E, 0), 0)
     tl.store(next_ptr + expert, first)
-    if own_ptr is not None:
-        tl.store(own_ptr, first, mask=expert == E)
     count = tl.sum(tl.where(e_E == expert, count_E, 0), 0)
     tiles = U - tile if expert == E else (count + BLOCK_M - 1) // BLOCK_M
     size = tl.minimum(tl.cdiv(tl.cdiv(count, tl.maximum(tiles, 1)), _STEP) * _STEP, BLOCK_M)
@@ -120,17 +118,17 @@ def sort_pairs(ids_TP: torch.Tensor, experts: int, block_m: int, foreign: bool =
     next_E, pair_R, place_R, expert_U, start_U, rows_U = (
         torch.empty(size, dtype=torch.int32, device=device) for size in (experts + 1, pairs, pairs, used, used, used)
     )
-    own_1 = torch.empty(1, dtype=torch.int32, device=device) if foreign else None
     blocks = cdiv(pairs, _PAIRS)
     padded = power_of_2(experts + 1)
     common = {"PDL": chip.dependent_launch, **options(chip, 4)}
     _count[(blocks,)](ids_TP, count_E, pairs, experts, BLOCK=_PAIRS, EXPERTS=padded, **common)
     _tile[(experts + 1,)](
-        count_E, next_E, expert_U, start_U, rows_U, own_1, used, experts, BLOCK_M=block_m, EXPERTS=padded,
-        BLOCK=_TILES, **common,
+        count_E, next_E, expert_U, start_U, rows_U, used, experts, BLOCK_M=block_m, EXPERTS=padded, BLOCK=_TILES,
+        **common,
     )  # fmt: skip
     _place[(blocks,)](ids_TP, next_E, pair_R, place_R, pairs, experts, BLOCK=_PAIRS, **common)
-    return Sorted(pair_R, expert_U, start_U, rows_U, own_1, place_R, next_E[:experts])
+    ends_E = next_E[:experts]
+    return Sorted(pair_R, expert_U, start_U, rows_U, ends_E[-1:] if foreign else None, place_R, ends_E)
 
 
 @triton.jit(do_not_specialize=["R", "scales_stride", "out_scales_stride"])

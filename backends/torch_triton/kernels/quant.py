@@ -84,8 +84,7 @@ def _quantise(
     k_GX = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
     pdl.wait(PDL)
     pdl.release(PDL)
-    last = t if rows_ptr is None else tl.load(rows_ptr) - 1
-    if t > last:
+    if tiles.is_past(t, rows_ptr):
         return
     x_GX = tl.load(x_ptr + t * x_stride + k_GX, mask=k_GX < K, other=0.0).to(tl.float32)
     if GATED:

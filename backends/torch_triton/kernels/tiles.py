@@ -135,5 +135,12 @@ def is_last(counter_ptr, programs):
 
 
 @triton.jit
+def is_past(t, rows_ptr):
+    """Whether row t is after the last one to be worked on. Without a pointer none is."""
+    last = t if rows_ptr is None else tl.load(rows_ptr) - 1
+    return t > last
+
+
+@triton.jit
 def silu_product(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
