@@ -1,7 +1,8 @@
-"""Reading Hugging Face's ``config.json``: the only place that knows its spellings and its history."""
+"""Hugging Face's ``config.json``, read and written: the only place that knows its spellings and its history."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,22 @@ _FAMILIES = {
     "deepseek_v32": "deepseek_v32",
     "kimi_k2": "kimi_k2",
 }
+
+_ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+}
+_CONSTANTS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "mla_use_nope": False,
+}
+_INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
+_NOT_IN_FILES = ("family", "mtp_hidden", "latent_norm_eps", "yarn", "fp8", "eos_token_ids")
 
 # Relatives by name that are other graphs. Keys are model_type values and the names people use for them.
 REFUSED = {
@@ -99,6 +116,30 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
     )
 
 
+def hf_config(spec: ModelSpec) -> dict[str, Any]:
+    """A ``config.json`` that `spec_from_hf` reads as ``spec``, and other tools as DeepSeek's own.
+
+    Of what they share ModelSpec has the same names. ``mtp_hidden`` and ``latent_norm_eps`` are not written down there.
+    """
+    left_out = _NOT_IN_FILES if spec.index_topk else (*_NOT_IN_FILES, *_INDEXER)  # readers ask whether it is there
+    kept = {key: value for key, value in dataclasses.asdict(spec).items() if key not in left_out}
+    model_type = next(name for name, family in _FAMILIES.items() if family == spec.family)
+    config = {"architectures": [_ARCHITECTURES[spec.family]], "model_type": model_type, **kept}
+    config |= {"num_key_value_heads": spec.num_attention_heads, "torch_dtype": "bfloat16", **_CONSTANTS}
+    if spec.eos_token_ids:
+        config["eos_token_id"] = spec.eos_token_ids[0] if len(spec.eos_token_ids) == 1 else list(spec.eos_token_ids)
+    config["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(spec.yarn)} if spec.yarn else None
+    if spec.fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(spec.fp8.block),
+            **({"scale_fmt": spec.fp8.scale_fmt} if spec.fp8.scale_fmt else {}),
+        }
+    return config
+
+
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
     """Token ids written as null, one id or a list of ids."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -120,13 +161,7 @@ def _family(config: Mapping[str, Any], where: str) -> str:
 
 
 def _check_constants(config: Mapping[str, Any], where: str) -> None:
-    for key, expected in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("tie_word_embeddings", False),
-        ("mla_use_nope", False),
-    ):
+    for key, expected in _CONSTANTS.items():
         value = config.get(key, expected)
         if value is not None and value != expected:
             raise InputError(f"{key} is {value!r}", where, f"this family has {key} = {expected!r}: another model")

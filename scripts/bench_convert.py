@@ -43,6 +43,7 @@ from deepspan.convert.pages import empty_pages
 from deepspan.convert.plan import Output, numbered_shards, plan_shard
 from deepspan.convert.writer import ShardWriter
 from deepspan.models.catalog import load_spec
+from deepspan.models.hf_config import hf_config
 from deepspan.models.params import StoredTensor, stored_tensors
 from deepspan.models.quant import BLOCK, dequant_fp8_blocks
 from deepspan.models.spec import ModelSpec
@@ -237,18 +238,6 @@ def _layer_spec(experts: int) -> ModelSpec:
     )  # fmt: skip
 
 
-def _config(spec: ModelSpec) -> dict[str, Any]:
-    same = (
-        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-        "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace", "n_group", "topk_group",
-        "topk_method", "scoring_func", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers",
-    )  # fmt: skip
-    quantised = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
-    values = {key: getattr(spec, key) for key in same}
-    return {"model_type": "deepseek_v3", **values, "quantization_config": quantised}
-
-
 def _write_checkpoint(directory: Path, spec: ModelSpec) -> None:
     """Random codes and scales, synced; the project's own writer makes the files."""
     directory.mkdir()
@@ -274,7 +263,7 @@ def _write_checkpoint(directory: Path, spec: ModelSpec) -> None:
             for start, stop in each.pieces():
                 writer.write(each, start, each.make(start, stop))
         writer.publish()
-    (directory / "config.json").write_text(json.dumps(_config(spec)))
+    (directory / "config.json").write_text(json.dumps(hf_config(spec)))
 
 
 def _run(kind: str, source: Path, target: Path | str, workers: int) -> dict[str, Any]:
@@ -369,7 +358,7 @@ def _v3_plan(directory: Path) -> dict[str, Any]:
         with (directory / name).open("wb") as file:
             file.write(shard.header)
             file.truncate(shard.nbytes)
-    (directory / "config.json").write_text(json.dumps(_config(spec)))
+    (directory / "config.json").write_text(json.dumps(hf_config(spec)))
     plans = {kind: _run(kind, directory, "", 1) for kind in ("fp8-to-bf16", "hf-to-mindspore")}
     shutil.rmtree(directory)
     return {"files": len(shards), "tensors": len(outputs), **plans}
