@@ -52,8 +52,8 @@ def _gate_up(x, ids, stack, tiles, config):
     return expert_kernels.gate_up_eager(x, ids, stack).bfloat16()
 
 
-def _down(h, ids, weights, stack, tiles, foreign, config):
-    assert not foreign
+def _down(h, ids, weights, stack, tiles, foreign, config, beside):
+    assert not foreign and beside is None
     return expert_kernels.down_eager(h, ids, weights, stack).to(torch.float32)
 
 

@@ -175,6 +175,18 @@ def launch_experts(chip: chips.Chip) -> None:
                 experts.gate_up(x, ids, stack, pairs)
             for h in activations(chip, stack.down, 9 * tokens, 2048):
                 experts.down(h, ids, factors, stack, pairs)
+            if tokens == 1:
+                launch_part_of_experts(chip, stack, ids, factors)
+
+
+def launch_part_of_experts(chip: chips.Chip, stack: experts.Stack, ids: torch.Tensor, factors: torch.Tensor) -> None:
+    """One token, with a shared expert beside the stack's."""
+    config = experts.choose(ids, stack, chip, 1 / 8)
+    pairs = experts.group(ids, 257, config)
+    for x in activations(chip, stack.gate_up, 1, 7168):
+        experts.gate_up(x, ids, stack, pairs, config)
+    for h in activations(chip, stack.down, 9, 2048):
+        experts.down(h, ids, factors, stack, pairs, True, config, empty(1, 7168))
 
 
 def launch_router(chip: chips.Chip) -> None:

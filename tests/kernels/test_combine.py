@@ -18,6 +18,19 @@ def test_equals_its_twin(tokens, parts, hidden, dtype):
     torch.testing.assert_close(got, kernel.add_parts_eager(branch), rtol=2**-7, atol=1e-6)
 
 
+def test_what_is_beside_the_parts_is_added():
+    branch, beside = frame(5, 3, 52), torch.randn(5, 60).bfloat16()[:, :52]
+    got = kernel.add_parts(branch, beside_TD=beside)
+    torch.testing.assert_close(got, kernel.add_parts_eager(branch, beside_TD=beside), rtol=2**-7, atol=1e-6)
+    assert not torch.equal(got, kernel.add_parts(branch))
+    place, weights = torch.randperm(15).int(), torch.rand(5, 3)
+    arguments = torch.randn(15, 52).bfloat16(), place, weights
+    got = kernel.add_sorted(*arguments, beside_TD=beside)
+    torch.testing.assert_close(got, kernel.add_sorted_eager(*arguments, beside_TD=beside))
+    with pytest.raises(DeepspanError, match=r"\(4, 52\) beside: kernel add_parts"):
+        kernel.add_parts(branch, beside_TD=beside[:4])
+
+
 def test_parts_of_experts_that_are_not_here_are_not_read():
     branch = frame(40, 5, 52, dtype=torch.bfloat16)
     ids = torch.randint(-1, 6, (40, 5)).int()

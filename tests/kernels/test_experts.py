@@ -82,8 +82,20 @@ def test_one_token_on_a_large_chip_gives_each_processor_as_many_tiles():
     assert kernel.choose(ids, layer, chip_named("sm_90"))[1:5] == (47, 4, 124, 3)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What is allocated is NaN at first."""
+    empty = torch.empty
+
+    def nan(*sizes, **kinds) -> torch.Tensor:
+        room = empty(*sizes, **kinds)
+        return room.fill_(torch.nan) if room.is_floating_point() else room
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_choices_of_other_ranks_add_nothing(tokens):
+def test_choices_of_other_ranks_add_nothing(tokens, poisoned):
     ids = choices(tokens, 4)
     ids[0, 0], ids[-1, 2] = -1, EXPERTS
     layer, factors = stack(ids), torch.rand(ids.shape)
@@ -93,7 +105,40 @@ def test_choices_of_other_ranks_add_nothing(tokens):
     h = torch.where(here.view(-1, 1), h, torch.nan)
     got = kernel.down(h, ids, factors, layer, tiles, foreign=True)
     want = kernel.down_eager(torch.where(here.view(-1, 1), h, 0), ids, factors, layer)
+    if tokens > 1:
+        assert torch.isnan(got[0, 0]).all(), "parts of other ranks are not written"
+        got = torch.where(here[:, :, None], got, 0)
     assert distance(got.sum(1), want.sum(1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("own", [0, 1, 4])
+def test_what_is_beside_one_tokens_experts_is_added(own, poisoned):
+    ids = choices(1, 4)
+    ids[:, own:] = EXPERTS
+    layer, factors = stack(ids), torch.rand(ids.shape)
+    tiles = tiles_of(ids, layer)
+    h = kernel.gate_up(torch.randn(1, HIDDEN).bfloat16(), ids, layer, tiles)
+    beside = torch.randn(1, 2 * HIDDEN).bfloat16()[:, :HIDDEN]
+    got = [kernel.down(h, ids, factors, layer, tiles, True, beside_TD=beside) for _ in range(2)]
+    assert torch.equal(*got), "counters are as they were"
+    want = kernel.down_eager(torch.where(ids.view(-1, 1) < EXPERTS, h, 0), ids, factors, layer).sum(1) + beside
+    assert distance(got[0].sum(1), want) < TOLERANCE
+
+
+def test_of_several_tokens_nothing_is_beside():
+    ids = choices(2, 3)
+    layer = stack(ids)
+    h = torch.zeros(ids.numel(), layer.down.codes.shape[-1]).bfloat16()
+    with pytest.raises(DeepspanError, match=r"\(2, 320\) beside 2 tokens: kernel down"):
+        kernel.down(h, ids, torch.rand(ids.shape), layer, tiles_of(ids, layer), beside_TD=torch.zeros(2, HIDDEN))
+
+
+def test_a_rank_with_some_of_the_experts_has_tiles_for_twice_its_share():
+    ids = torch.arange(8, dtype=torch.int32)[None]
+    sizes = (65, 4096, 7168), (65, 7168, 2048)
+    layer = kernel.Stack(*(Fp8Weight(torch.empty(size, device="meta"), torch.empty(0)) for size in sizes))
+    chip = chip_named("sm_90")
+    assert kernel.choose(ids, layer, chip, 1 / 4) == kernel.choose(ids[:, :4], layer, chip)
 
 
 @pytest.mark.parametrize("tokens, per_token", [(2, 2), (40, 4)])

@@ -34,10 +34,10 @@ class Experts(Protocol):
     form: Form
     shared: int
 
-    def __call__(self, x: Operand, choice: Choice) -> Tensor:
+    def __call__(self, x: Operand, choice: Choice, beside_TD: Tensor | None = None) -> Tensor:
         """Each choice's result times its weight, FP32 or, of many tokens, BF16 [T, P, D]; to be added. P may be 1.
 
-        Or their sum [T, D].
+        Or their sum [T, D]. ``beside_TD``, of other layers, is added as well.
         """
 
 
@@ -54,14 +54,22 @@ class KernelExperts:
         self._part = part
         self._chip = chip_of(stack.gate_up.codes.device)
 
-    def __call__(self, x: Operand, choice: Choice) -> Tensor:
+    def __call__(self, x: Operand, choice: Choice, beside_TD: Tensor | None = None) -> Tensor:
         x = self.form.of(x)
-        if len(choice.ids) > FEW_TOKENS:
-            return self._many(x, choice)
-        config = kernels.choose(choice.ids, self._stack, self._chip)
-        tiles = kernels.group(choice.ids, len(self._stack.down.codes), config)
-        h = self.form.of(kernels.gate_up(x, choice.ids, self._stack, tiles, config))
-        return kernels.down(h, choice.ids, choice.weights, self._stack, tiles, self._foreign, config)
+        tokens, experts = len(choice.ids), len(self._stack.down.codes)
+        if tokens == 1:
+            return self._few(x, choice, beside_TD)
+        y_TPD = self._few(x, choice) if tokens <= FEW_TOKENS else self._many(x, choice)
+        if not self._foreign and beside_TD is None:
+            return y_TPD
+        return add_parts(y_TPD, choice.ids if self._foreign else None, experts, beside_TD)
+
+    def _few(self, x: Operand, choice: Choice, beside_TD: Tensor | None = None) -> Tensor:
+        ids_TP, stack = choice.ids, self._stack
+        config = kernels.choose(ids_TP, stack, self._chip, self._part)
+        tiles = kernels.group(ids_TP, len(stack.down.codes), config)
+        h = self.form.of(kernels.gate_up(x, ids_TP, stack, tiles, config))
+        return kernels.down(h, ids_TP, choice.weights, stack, tiles, self._foreign, config, beside_TD)
 
     def _many(self, x: Operand, choice: Choice) -> Tensor:
         tokens, choices = choice.ids.shape
@@ -71,8 +79,7 @@ class KernelExperts:
         config = grouped.choose_for_experts(own, self._stack, self._chip)
         pairs = sort_pairs(choice.ids, experts, config.block_m, self._foreign)
         h = self._joined(gather(x, pairs, choices), pairs, config)
-        y_TPD = grouped.grouped(h, down, pairs, choice.weights, config).view(tokens, choices, -1)
-        return add_parts(y_TPD, choice.ids, experts) if self._foreign else y_TPD
+        return grouped.grouped(h, down, pairs, choice.weights, config).view(tokens, choices, -1)
 
     def _joined(self, x: Operand, pairs: Sorted, config: grouped.Config) -> Operand:
         """silu(gate) * up: of the product, where its kernel can, or else of what brings it into the form."""
@@ -92,7 +99,7 @@ class Bf16Experts:
         self._gate_up = gate_up_EID.transpose(1, 2)
         self._down = down_EDI.transpose(1, 2)
 
-    def __call__(self, x: Operand, choice: Choice) -> Tensor:
+    def __call__(self, x: Operand, choice: Choice, beside_TD: Tensor | None = None) -> Tensor:
         assert isinstance(x, Tensor), "BF16 weights take BF16 activations"
         experts = len(self._gate_up)
         pairs = sort_pairs(choice.ids, experts, _TILE, self._foreign)
@@ -100,4 +107,5 @@ class Bf16Experts:
         assert isinstance(x_RD, Tensor)
         h_RI = gate(F.grouped_mm(x_RD, self._gate_up, offs=pairs.ends_E), pairs.own_1)
         y_RD = F.grouped_mm(h_RI, self._down, offs=pairs.ends_E)
-        return add_sorted(y_RD, pairs.place_R, choice.weights, choice.ids if self._foreign else None, experts)
+        ids_TP = choice.ids if self._foreign else None
+        return add_sorted(y_RD, pairs.place_R, choice.weights, ids_TP, experts, beside_TD)

@@ -199,18 +199,17 @@ class MoE:
         self._replicas = source.mesh.dp
 
     def __call__(self, normed: Normed) -> Tensor:
-        """[T, D], or parts [T, P, D] to be added; BF16 [T, D] of replicas, whose tokens meet here."""
-        y = self._chosen(normed)
-        if self._beside is None:
-            return y
-        return _one_part(y).float().add_(self._beside(normed))
-
-    def _chosen(self, normed: Normed) -> Tensor:
-        """Of the stack's experts."""
+        """[T, D], or parts [T, P, D] to be added."""
+        beside_TD = None if self._beside is None else self._beside(normed)
         x_TD, replicas = _plain(normed), self._replicas
         if replicas.size == 1:
-            return self._experts(operand(normed), self._choose(x_TD))
-        counts = [len(x_TD)] * replicas.size
+            return self._experts(operand(normed), self._choose(x_TD), beside_TD)
+        y_TD = self._of_replicas(x_TD)
+        return y_TD if beside_TD is None else y_TD.float().add_(beside_TD)
+
+    def _of_replicas(self, x_TD: Tensor) -> Tensor:
+        """BF16 [T, D] of replicas, whose tokens meet at the stack's experts."""
+        replicas, counts = self._replicas, [len(x_TD)] * self._replicas.size
         x_SD = replicas.below(x_TD, counts)
         y = self._experts(x_SD, self._choose(x_SD))
         return replicas.own_total(add_parts(y) if y.dim() == 3 else y.bfloat16(), counts)

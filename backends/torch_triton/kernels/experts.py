@@ -11,6 +11,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -79,20 +80,28 @@ def _group(
 def _rows(
     x_ptr, x_stride, x_scales_ptr, x_scales_row_stride, x_scales_stride, weights_ptr,
     expert_ptr, rows_ptr, pair_ptr, w_ptr, w_stride_e, w_stride, scales_ptr, scales_stride_e, scales_stride,
-    order_ptr, out_ptr, sum_ptr, counter_ptr, E, N, K, P: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
-    GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr, INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
+    order_ptr, out_ptr, sum_ptr, counter_ptr, beside_ptr, E, N, K, P: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, FOREIGN: tl.constexpr,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, QUANTISED: tl.constexpr, EVEN_K: tl.constexpr,
+    INSTRUCTION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of N, tiles of pairs. Rows of x are tokens if gated; otherwise pairs, weighted by the router, and of
-    one token added."""
+    one token, whose tiles are its choices, added.
+
+    FOREIGN: of these some may be outside the stack, all of them too.
+    """
     pdl.wait(PDL)
     pdl.release(PDL)
     tile = tl.program_id(1)
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    if (expert < 0) | (expert >= E):
-        return
     n = tl.program_id(0) * ROWS
     n_N = n + tl.arange(0, BLOCK_N)
+    valid_N = n_N < tl.minimum(N, n + ROWS)
+    own = _count_own(expert_ptr, E, P) if FOREIGN else P
+    expert = tl.load(expert_ptr + tile).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        if FOREIGN:
+            _sum_of_none(own, tile, out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P)
+        return
     row_J, scale_row_J = tiles.rows_of_tile(n, N, ROWS, BLOCK_N, GATED)
     valid_J = None if ROWS == BLOCK_N else tiles.used_places(ROWS, BLOCK_N, GATED)
     slot_M = tl.arange(0, BLOCK_M)
@@ -117,20 +126,60 @@ def _rows(
     else:
         out_NM = out_JM * tl.load(weights_ptr + pair_M, mask=valid_M, other=0.0)[None, :]
     out_ptrs_NM = out_ptr + (pair_M.to(tl.int64) * N)[None, :] + n_N[:, None]
-    valid_N = n_N < tl.minimum(N, n + ROWS)
     tl.store(out_ptrs_NM, out_NM, mask=valid_N[:, None] & valid_M[None, :])
     if sum_ptr is not None:
-        _add_up(out_ptr, sum_ptr, counter_ptr + tl.program_id(0), n_N, valid_N, N, P)
+        _add_up(
+            own, counter_ptr + tl.program_id(0), out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P,
+            FOREIGN,
+        )  # fmt: skip
 
 
 @triton.jit
-def _add_up(out_ptr, sum_ptr, counter_ptr, n_N, valid_N, N, P: tl.constexpr):
-    """The last program of a tile of N to finish adds all pairs in their order."""
-    if tiles.is_last(counter_ptr, P):
-        sum_N = tl.zeros(n_N.shape, tl.float32)
-        for p in tl.static_range(P):
-            sum_N += tl.load(out_ptr + p * N + n_N, mask=valid_N, other=0.0, cache_modifier=".cg")
-        tl.store(sum_ptr + n_N, sum_N, mask=valid_N)
+def _add_up(
+    own, counter_ptr, out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P: tl.constexpr,
+    FOREIGN: tl.constexpr,
+):  # fmt: skip
+    """By the last program of a tile of N to finish."""
+    if tiles.is_last(counter_ptr, own):
+        _store_sum(out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P, FOREIGN)
+
+
+@triton.jit
+def _sum_of_none(own, tile, out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P: tl.constexpr):
+    """By the first program of a tile of N, if no choice is here."""
+    if (own == 0) & (tile == 0):
+        _store_sum(out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P, True)
+
+
+@triton.jit
+def _is_own(expert, E):
+    """Whether it is in the stack."""
+    return (expert >= 0) & (expert < E)
+
+
+@triton.jit
+def _count_own(expert_ptr, E, P: tl.constexpr):
+    """Of one token's choices."""
+    own = _is_own(tl.load(expert_ptr), E).to(tl.int32)
+    for p in tl.static_range(1, P):
+        own += _is_own(tl.load(expert_ptr + p), E).to(tl.int32)
+    return own
+
+
+@triton.jit
+def _store_sum(
+    out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P: tl.constexpr, FOREIGN: tl.constexpr
+):  # fmt: skip
+    """All pairs of one token in their order, and what is beside them."""
+    sum_N = tl.zeros(n_N.shape, tl.float32)
+    for p in tl.static_range(P):
+        mask_N = valid_N
+        if FOREIGN:
+            mask_N &= _is_own(tl.load(expert_ptr + p), E)
+        sum_N += tl.load(out_ptr + p * N + n_N, mask=mask_N, other=0.0, cache_modifier=".cg")
+    if beside_ptr is not None:
+        sum_N += tl.load(beside_ptr + n_N, mask=valid_N, other=0.0).to(tl.float32)
+    tl.store(sum_ptr + n_N, sum_N, mask=valid_N)
 
 
 class Config(NamedTuple):
@@ -144,12 +193,14 @@ class Config(NamedTuple):
     warps: int = 4
 
 
-def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip) -> Config:
+def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip, part: float = 1.0) -> Config:
     """One token: tiles that all run at once, as many on each processor. More: deep pipelines count instead.
 
-    INT4 has more programs on a processor, as in `few_rows`.
+    INT4 has more programs on a processor, as in `few_rows`. ``part`` of all experts are in the stack: the rank that the
+    others wait for may have twice its share of the choices.
     """
     tokens, choices = ids_TP.shape
+    choices = min(choices, ceil(2 * part * choices))
     width, hidden = stack.gate_up.codes.shape[-2] // 2, stack.down.codes.shape[-2]
     if chip.shared_memory < 160 << 10:
         return Config(16 if tokens <= 128 else 32, 32, 2, 64, 2)
@@ -169,6 +220,14 @@ def choose(ids_TP: torch.Tensor, stack: Stack, chip: Chip) -> Config:
     return Config(block_m, 64, up_stages, 128, down_stages)
 
 
+class Sum(NamedTuple):
+    """Of one token's parts: where it goes, what else is added, and whether some parts may be outside the stack."""
+
+    total: torch.Tensor | None = None  # [1, 1, D] float32
+    beside: torch.Tensor | None = None  # [1, D]
+    foreign: bool = False
+
+
 def gate_up(
     x: Codes | torch.Tensor, ids_TP: torch.Tensor, stack: Stack, pairs: Tiles, config: Config | None = None
 ) -> torch.Tensor:
@@ -184,7 +243,7 @@ def gate_up(
     width = stack.gate_up.codes.shape[-2] // 2
     out = torch.empty(ids_TP.numel(), width, dtype=torch.bfloat16, device=values_TD.device)
     rows, stages = config.gate_up_rows, config.gate_up_stages
-    _launch("gate_up", x, None, pairs, stack.gate_up, out, ids_TP.shape[1], rows, stages, config)
+    _launch("gate_up", x, None, pairs, stack.gate_up, out, ids_TP.shape[1], rows, stages, config, Sum())
     return out
 
 
@@ -196,11 +255,13 @@ def down(
     pairs: Tiles,
     foreign: bool = False,
     config: Config | None = None,
+    beside_TD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The down projection times the router's weights: FP32 partial results [T, P, D] for the next norm to add; of one
-    token their sum, [1, 1, D].
+    token their sum, [1, 1, D], with what ``beside_TD``, BF16, has of it.
 
-    ``h``: from `gate_up`, quantised or BF16. ``foreign``: choices outside the stack are other ranks' and add nothing.
+    ``h``: from `gate_up`, quantised or BF16. ``foreign``: choices may be outside the stack. Those of several tokens are
+    undefined; of one token they add nothing.
     """
     values = h.codes if isinstance(h, Codes) else h
     tokens, choices = ids_TP.shape
@@ -208,17 +269,20 @@ def down(
     fits = weights_TP.shape == ids_TP.shape and weights_TP.is_contiguous()
     check(fits and weights_TP.dtype == torch.float32, f"weights {tuple(weights_TP.shape)}", "down")
     config = config or choose(ids_TP, stack, chip_of(values.device))
-    room = torch.zeros if foreign else torch.empty
-    out = room(tokens, choices, stack.down.codes.shape[-2], dtype=torch.float32, device=values.device)
-    total = None if tokens > 1 or foreign else torch.empty_like(out[:, :1])
+    out = torch.empty(tokens, choices, stack.down.codes.shape[-2], dtype=torch.float32, device=values.device)
     rows, stages = config.down_rows, config.down_stages
-    _launch("down", h, weights_TP, pairs, stack.down, out, choices, rows, stages, config, total)
+    total = torch.empty_like(out[:, :1]) if tokens == 1 else None
+    if beside_TD is not None:
+        fits = total is not None and beside_TD.shape == total.shape[1:] and beside_TD.stride(1) == 1
+        check(fits, f"{tuple(beside_TD.shape)} beside {tokens} tokens", "down")
+    adds = Sum(total, beside_TD, foreign)
+    _launch("down", h, weights_TP, pairs, stack.down, out, choices, rows, stages, config, adds)
     return out if total is None else total
 
 
 def _launch(
     name: str, x: Codes | torch.Tensor, weights_TP: torch.Tensor | None, pairs: Tiles, weight: Weight,
-    out: torch.Tensor, choices: int, rows: int, stages: int, config: Config, total: torch.Tensor | None = None,
+    out: torch.Tensor, choices: int, rows: int, stages: int, config: Config, adds: Sum,
 ) -> None:  # fmt: skip
     values = x.codes if isinstance(x, Codes) else x
     chip = chip_of(values.device)
@@ -229,10 +293,11 @@ def _launch(
     outputs = out.shape[-1]
     pointers, constants = arguments(weight, chip)
     _rows[(cdiv(outputs, rows), len(pairs.expert_U))](
-        values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, total,
-        None if total is None else counters(values.device), len(weight.codes), outputs, values.shape[1], P=choices,
-        BLOCK_M=config.block_m, ROWS=rows, BLOCK_N=power_of_2(rows), STAGES=stages, GATED=weights_TP is None,
-        QUANTISED=isinstance(x, Codes), PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
+        values, values.stride(0), x_scales, *x_scales_strides, weights_TP, *pairs, *pointers, out, adds.total,
+        None if adds.total is None else counters(values.device), adds.beside, len(weight.codes), outputs,
+        values.shape[1], P=choices, BLOCK_M=config.block_m, ROWS=rows, BLOCK_N=power_of_2(rows), STAGES=stages,
+        GATED=weights_TP is None, FOREIGN=adds.foreign and adds.total is not None, QUANTISED=isinstance(x, Codes),
+        PDL=chip.dependent_launch, **constants, **options(chip, config.warps),
     )  # fmt: skip
 
 
