@@ -5,4 +5,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from tests.kernels.conftest import _bf16_as_on_a_gpu  # noqa: F401
+from tests.kernels.interpreter import compute_bf16_as_on_a_gpu
+
+compute_bf16_as_on_a_gpu()

@@ -11,6 +11,7 @@ from deepspan.backends.torch_triton.parallel import ordered_sum
 from deepspan.backends.torch_triton.rank import join
 from tests.gpu_path.opening import run_of
 from tests.kernels.device import DEVICE
+from tests.kernels.interpreter import compute_bf16_as_on_a_gpu
 
 SHAPES = [(1, 7168), (2, 40), (30, 7168), (150, 7168)]  # the last is the library's
 
@@ -34,4 +35,5 @@ def random(shape, seed):
 
 
 if __name__ == "__main__":
+    compute_bf16_as_on_a_gpu()
     main()

@@ -11,17 +11,14 @@ import pytest
 from deepspan.convert.checkpoint import Checkpoint
 from deepspan.convert.weights import CheckpointWeights
 from deepspan.models.hf_config import spec_from_hf
-from tests.backends.opening import BF16, DEMO, median_token_difference
-from tests.gpu_path.ranks import CASES, SHARED, forward, result_name
-from tests.gpu_path.test_forward import FP8_ACTIVATIONS
+from tests.backends.opening import DEMO, median_token_difference
+from tests.gpu_path.ranks import CASES, SHARED, TOKENS_ALONE, forward, result_name
 from tests.launches import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE = {
-    "bf16": BF16,
-    "fp8": FP8_ACTIVATIONS,
-    "w8a8": FP8_ACTIVATIONS,
-}  # sums of halves are rounded once more, and tip choices
+# Sums of halves are rounded once more: to BF16, and then to other codes here and there; halves of a row have a scale
+# of their own for INT8. Shared experts left out make 0.4 to 0.5.
+TOLERANCE = {"bf16": 0.03, "fp8": 0.1, "w8a8": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,8 @@ def test_two_ranks_compute_what_one_does(folder, single, mode, dtype, number, fe
     first, second = (np.load(folder / result_name(mode, dtype, number, few, rank)) for rank in range(2))
     logits, hit = single[dtype, number]
     np.testing.assert_array_equal(first["logits"], second["logits"])
-    assert median_token_difference(first["logits"], logits) <= TOLERANCE[dtype]
+    for part in (slice(None), TOKENS_ALONE):
+        assert median_token_difference(first["logits"][part], logits[part]) <= TOLERANCE[dtype]
     assert len(first["hit"]) == len(hit) > 0
     assert np.abs(first["hit"] - hit).max() <= 1  # rounding tips a choice of a token here and there
 
