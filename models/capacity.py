@@ -38,9 +38,9 @@ class StagePlan:
 
 
 def plan_stages(
-    spec: ModelSpec, grid: Grid, precision: Precision, tokens: int, outputs: int, mtp: bool = True
+    spec: ModelSpec, grid: Grid, precision: Precision, activations: int, mtp: bool = True
 ) -> Iterator[StagePlan]:
-    """The plan of every pipeline stage. ``tokens`` run in a step at most, ``outputs`` of them get logits.
+    """The plan of every pipeline stage, with so many bytes for ``activations``.
 
     Raises InputError for degrees that do not divide the model, or not between FP8 scale blocks or INT4 groups.
     """
@@ -58,7 +58,7 @@ def plan_stages(
             layers,
             weight_bytes(held, precision.weights),
             cached * cache_bytes(spec, precision.cache),
-            activation_bytes(spec, grid, tokens, outputs),
+            activations,
         )
 
 
@@ -71,7 +71,10 @@ def weight_bytes(held: Iterable[Shard], holding: Holding) -> dict[str, int]:
 
 
 def activation_bytes(spec: ModelSpec, grid: Grid, tokens: int, outputs: int) -> int:
-    """An upper estimate of what one step keeps at once: residual, one layer's attention or experts, and FP32 logits."""
+    """An upper estimate of what one step keeps at once: residual, one layer's attention or experts, and FP32 logits.
+
+    ``tokens`` run in a step at most, ``outputs`` of them get logits.
+    """
     heads = spec.num_attention_heads // grid.tp
     residual = 4 * spec.hidden_size
     attention = heads * (2 * spec.qk_head_dim + 2 * spec.v_head_dim) + (spec.q_lora_rank or 0) + spec.latent_dim

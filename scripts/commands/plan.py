@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ...backends.base import stored_as
+from ...backends.working import working_bytes
 from ...configs.schema import RunConfig
-from ...models.capacity import GIB, StagePlan, plan_stages
+from ...models.capacity import GIB, StagePlan, activation_bytes, plan_stages
 from ...models.catalog import load_spec
 from ...models.costs import Precision, decode_bytes
 from ...models.errors import InputError
@@ -43,11 +44,8 @@ def run(options: argparse.Namespace) -> int:
     config = read_run(options.run_name, options.overrides)
     spec = planned_spec(config)
     deployment = Deployment.of(config, spec)
-    stages = list(
-        plan_stages(
-            spec, deployment.grid, deployment.precision, config.engine.max_batch_tokens, config.engine.max_batch
-        )
-    )
+    activations = _activations(config, spec, deployment.grid)
+    stages = list(plan_stages(spec, deployment.grid, deployment.precision, activations))
     steps = [_decode_step(part, spec, deployment, bandwidth) for part in _parts(options.decode)]
     if options.json:
         print(json.dumps({**_as_json(deployment, stages), **({"decode": steps} if steps else {})}))
@@ -76,6 +74,13 @@ class Deployment:
         memory = config.engine.device_memory_gib
         budget = None if memory is None else int(memory * GIB * config.engine.memory_fraction)
         return cls(grid, Precision(weights, cache), budget)
+
+
+def _activations(config: RunConfig, spec: ModelSpec, grid: Grid) -> int:
+    """What the runner would leave free for steps, where it says so: on GPUs, which an "auto" is planned for."""
+    if config.backend == "torch_triton" and config.device in ("auto", "cuda"):
+        return working_bytes(spec, config)
+    return activation_bytes(spec, grid, config.engine.max_batch_tokens, config.engine.max_batch)
 
 
 def _holding(config: RunConfig, spec: ModelSpec) -> Holding:

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from deepspan.models.capacity import GIB
+from deepspan.scripts.commands.plan import planned_spec
+from deepspan.scripts.runtime import read_run
 from tests.cli.conftest import DEMO
 
 DEPLOYMENTS = {"h200_8_fp8": 8, "h800_2x8_fp8": 16, "mi300x_8_fp8": 8, "a100_4x8_bf16": 32, "h20_8_int4": 8}
@@ -93,3 +96,16 @@ def test_decode_steps_are_estimated(deepspan):
     assert deepspan("plan", "h800_2x8_fp8", "--decode", "64").code == 2
     assert "give --decode too" in deepspan("plan", "h800_2x8_fp8", "--bandwidth", "2000").err
     assert "memory were all" not in deepspan("plan", "h800_2x8_fp8", "--decode", "1x10").out
+
+
+def test_the_cache_that_is_planned_is_what_a_gpu_has_room_for(deepspan, monkeypatch):
+    room = pytest.importorskip("deepspan.backends.torch_triton.gpu.room")
+    run = read_run("h200_8_fp8")
+    found = json.loads(deepspan("plan", "h200_8_fp8", "--json").out)
+    [stage] = found["stages"]
+    total = round(run.engine.device_memory_gib * GIB)
+    loaded = sum(stage["weight_bytes"].values())
+    monkeypatch.setattr(room, "memory", lambda device: (total - loaded, total))
+    layers = stage["layers"][1] + 2  # and the MTP layer's
+    blocks = room.blocks_that_fit(planned_spec(run), run, "bf16", layers, None)
+    assert blocks == found["kv_tokens"] // run.engine.block_size

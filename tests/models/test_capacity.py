@@ -16,7 +16,7 @@ BF16 = Precision(Holding("bf16"), "bf16")
 
 
 def plan(spec, grid, precision=BF16, **options):
-    return list(plan_stages(spec, grid, precision, tokens=1, outputs=1, **options))
+    return list(plan_stages(spec, grid, precision, activations=0, **options))
 
 
 def test_one_process_holds_every_parameter():

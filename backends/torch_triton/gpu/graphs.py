@@ -13,8 +13,9 @@ import torch
 
 from ....configs.schema import RunConfig
 from ...base import StepBatch
-from .inputs import DecodeBuffers, expanded_positions
-from .mixed_inputs import MixedBuffers, MixedSize, mixed_size, recorded_tokens, records_mixed
+from ...working import expanded_positions, recorded_tokens, records_mixed
+from .inputs import DecodeBuffers
+from .mixed_inputs import MixedBuffers, MixedSize, mixed_size
 from .model import Model
 from .recorded import Buffers, RecordedStep, Started
 from .sampling import Draw

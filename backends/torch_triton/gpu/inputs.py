@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....configs.schema import RunConfig
 from ...base import IntArray, StepBatch, output_rows
 from ..kernels.prompt_attention import TILE_QUERIES, Tile
 from ..plan import ABSORBED_QUERIES, places_of, visible_slots
@@ -78,11 +77,6 @@ def positions_and_slots(batch: StepBatch, block_size: int) -> tuple[IntArray, In
     """Each token's position in its sequence and its slot in the flattened cache."""
     places = places_of(batch, block_size)
     return places.positions_T.astype(np.int32), places.slots_T.astype(np.int32)
-
-
-def expanded_positions(run: RunConfig) -> int:
-    """Positions that have keys and values of all heads at a time, in steps with prompts."""
-    return max(run.engine.max_seq_len, run.engine.max_batch_tokens)
 
 
 def mixed_step(

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....configs.schema import RunConfig
 from ...base import StepBatch, output_rows
 from ..kernels.prompt_attention import TILE_QUERIES, Tile
 from ..kernels.sizes import power_of_2
@@ -30,7 +29,6 @@ from .inputs import (
 )
 from .words import HostWords, parts_of, room_for
 
-_RECORDED_TOKENS = 2048  # longer steps keep one GPU busy while the host launches them
 _LEAST = 16
 
 
@@ -50,18 +48,6 @@ class MixedSize(NamedTuple):
     def tiles(self) -> int:
         """Of queries, at most."""
         return self.tokens // TILE_QUERIES + self.prompts
-
-
-def records_mixed(run: RunConfig) -> bool:
-    """Whether steps with prompts are recorded: where every rank has all tokens and outputs."""
-    return run.engine.graphs and run.parallel.dp == run.parallel.pp == 1
-
-
-def recorded_tokens(run: RunConfig) -> int:
-    """Of the longest step in such a size, and half the positions. Tensor-parallel ranks share the work, not the
-    launches.
-    """
-    return _RECORDED_TOKENS * run.parallel.tp
 
 
 def mixed_size(batch: StepBatch, longest: int, expanded: int) -> MixedSize | None:

@@ -14,39 +14,10 @@ from ....models.holding import Holding
 from ....models.sharding import Shard
 from ....models.spec import ModelSpec
 from ...limits import cache_blocks
+from ...working import working_bytes
 from ..device import memory
-from .inputs import expanded_positions
-from .mixed_inputs import recorded_tokens, records_mixed
 
-_LIBRARIES = 2 << 30  # workspaces of cuBLAS and graphs, compiled kernels, fragmentation
 _PREFIXES = 4  # times max_batch sequences of max_seq_len: more cache than that holds prefixes nobody asks for again
-
-
-def working_bytes(spec: ModelSpec, run: RunConfig) -> int:
-    """An upper estimate of what steps allocate: one of max_batch_tokens, logits, recorded ones, which keep theirs."""
-    tokens, positions = run.engine.max_batch_tokens, expanded_positions(run)
-    values = _step_values(spec, run, tokens, positions)
-    if records_mixed(run):
-        longest = recorded_tokens(run)
-        values += _step_values(spec, run, min(tokens, longest), min(positions, 2 * longest))
-    return 2 * values + 12 * max(run.engine.max_batch, 8) * spec.vocab_size + _LIBRARIES
-
-
-def _step_values(spec: ModelSpec, run: RunConfig, tokens: int, positions: int) -> int:
-    """BF16 numbers: beside the stream, the larger of attention and experts, which see as many tokens of every replica.
-
-    ``positions`` have keys and values of all heads.
-    """
-    heads, hidden = spec.num_attention_heads, spec.hidden_size
-    attention = tokens * heads * (2 * spec.qk_head_dim + 3 * spec.v_head_dim) + tokens * (spec.q_lora_rank or 0)
-    expanded = positions * (heads * (spec.qk_nope_head_dim + spec.v_head_dim) + spec.latent_dim)
-    choices = spec.num_experts_per_tok + spec.n_shared_experts
-    widths = 2 * hidden + 2 * spec.moe_intermediate_size  # FP32 results count twice
-    experts = run.parallel.dp * tokens * choices * widths
-    dense = tokens * 4 * spec.intermediate_size
-    if run.dtype in ("auto", "int4"):  # a matrix of INT4 is decoded for many tokens
-        dense += hidden * 2 * spec.intermediate_size
-    return 6 * tokens * hidden + max(attention + expanded, experts, dense)
 
 
 def check_weights_fit(

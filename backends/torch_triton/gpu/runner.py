@@ -24,12 +24,13 @@ from ....models.sharding import check_divides, shards, stage_layers
 from ....models.spec import ModelSpec
 from ...base import IntArray, Pending, StepBatch, StepResult, Weights, next_tokens, output_rows, stored_as
 from ...limits import check_supported
+from ...working import expanded_positions
 from ..cache import empty_cache
 from ..device import choose_gpu_dtype, choose_gpu_kv_dtype
 from ..rank import TorchRank
 from ..replicas import Share, share_of, whole_result
 from .graphs import DecodeSteps, MixedSteps, Recorder
-from .inputs import Step, expanded_positions, mixed_step, same_queries, sampling_numbers
+from .inputs import Step, mixed_step, same_queries, sampling_numbers
 from .loader import Loader
 from .logits import Logits
 from .model import Model, Stream
