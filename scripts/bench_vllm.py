@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepspan.backends.torch_triton.gpu.source import DrawnTensors
+from deepspan.backends.torch_triton.gpu.source import SEED, DrawnTensors
 from deepspan.configs.schema import RunConfig
 from deepspan.models.hf_config import hf_config
 from deepspan.models.params import parameters
 from deepspan.models.spec import ModelSpec
-from deepspan.scripts.options import add_run
-from deepspan.scripts.runtime import model_spec, read_run
+from deepspan.scripts.commands.bench import add_sizes, sizes_of
+from deepspan.scripts.runtime import model_spec
+from deepspan.scripts.timing import random_tokens
 
 # Read when vLLM is imported.
 os.environ.setdefault("VLLM_DEEP_GEMM_WARMUP", "skip")  # compile for the sizes that come, not for all ahead of time
@@ -41,12 +42,11 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 _REPEATS = 3
 _EXTRA_STEPS = 8  # the first ones warm up
-_SEED = 0  # of `deepspan bench`'s weights
 
 
 def drawn_weights(spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
     """What `weights: random` draws, under the names of a checkpoint."""
-    source = DrawnTensors(spec, _SEED, torch.device("cuda"))
+    source = DrawnTensors(spec, SEED, torch.device("cuda"))
     for param in parameters(spec, mtp=False):
         if param.quantised:
             weight = source.fp8(param.name)
@@ -88,8 +88,7 @@ class Peer:
                 compilation_config={"cudagraph_capture_sizes": batches},
             )
         self.engine = model.llm_engine
-        shape = (engine.max_batch, engine.max_seq_len)
-        self._tokens_BT = np.random.default_rng(0).integers(0, spec.vocab_size, shape).astype(np.int32)
+        self._tokens_BT = random_tokens(spec.vocab_size, engine.max_batch, engine.max_seq_len)
         self._number = 0
 
     def prefill(self, sequences: int, tokens: int) -> float:
@@ -126,25 +125,19 @@ class Peer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run(parser)
-    parser.add_argument("--batch", default="1,8,32,128", help="sequences that decode together")
-    parser.add_argument("--context", type=int, default=1024, help="tokens before the first decode step")
-    parser.add_argument("--steps", type=int, default=32, help="decode steps to time")
-    parser.add_argument("--prefill", default="1x1024,8x1024", help="prompts x tokens")
+    add_sizes(parser)
     parser.add_argument("--weights", choices=("drawn", "dummy"), default="drawn", help="ours, or vLLM's near zero")
     parser.add_argument("--experts", choices=("deep_gemm", "triton", "auto"), default="deep_gemm", help="its kernels")
     options = parser.parse_args()
-    batches = [int(part) for part in options.batch.split(",")]
-    prompts = [tuple(map(int, part.split("x"))) for part in options.prefill.split(",")]
-    context, steps = options.context, options.steps
-    most = max(*batches, *(sequences for sequences, _ in prompts))
-    flags = {"engine.max_batch": most, "engine.max_seq_len": max(context + steps, *(tokens for _, tokens in prompts))}
-    run = read_run(options.run_name, options.overrides, flags)
-    peer = Peer(run, model_spec(run), options.weights, options.experts, batches)
-    for batch in batches:
-        print(json.dumps({"batch": batch, "decode_ms": 1e3 * peer.decode(batch, context, steps)}), flush=True)
-    for sequences, tokens in prompts:
-        print(json.dumps({"prefill": f"{sequences}x{tokens}", "prefill_ms": 1e3 * peer.prefill(sequences, tokens)}))
+    sizes = sizes_of(options)
+    run = sizes.run(options)
+    peer = Peer(run, model_spec(run), options.weights, options.experts, sizes.batches)
+    for batch in sizes.batches:
+        milliseconds = 1e3 * peer.decode(batch, sizes.context, sizes.steps)
+        print(json.dumps({"batch": batch, "decode_ms": milliseconds}), flush=True)
+    for sequences, tokens in sizes.prefills:
+        milliseconds = 1e3 * peer.prefill(sequences, tokens)
+        print(json.dumps({"prefill": f"{sequences}x{tokens}", "prefill_ms": milliseconds}), flush=True)
 
 
 if __name__ == "__main__":

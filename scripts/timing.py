@@ -18,6 +18,11 @@ _WARM_UP_STEPS = 2  # the first steps compile, allocate and touch memory
 _REPEATS = 3
 
 
+def random_tokens(vocab_size: int, sequences: int, tokens: int) -> IntArray:
+    """Prompts [sequences, tokens], always the same."""
+    return np.random.default_rng(0).integers(0, vocab_size, (sequences, tokens)).astype(np.int32)
+
+
 class Timer:
     """Runs steps over ``max_batch`` sequences of up to ``max_tokens`` tokens that own the cache of ``runner``.
 
@@ -33,8 +38,7 @@ class Timer:
         number_B = np.arange(max_batch)
         first_B = number_B % replicas * room + number_B // replicas * blocks
         self._tables_BM = (first_B[:, None] + np.arange(blocks)).astype(np.int32)
-        tokens = np.random.default_rng(0).integers(0, vocab_size, (max_batch, max_tokens))
-        self._tokens_BT = tokens.astype(np.int32)
+        self._tokens_BT = random_tokens(vocab_size, max_batch, max_tokens)
         self._tokens_per_step = tokens_per_step
 
     def prefill(self, sequences: int, tokens: int) -> float:

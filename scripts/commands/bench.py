@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ... import backends
+from ...configs.schema import RunConfig
 from ...models.costs import Precision, decode_bytes, prefill_flops
 from ...models.errors import InputError
 from ...models.sharding import Grid
@@ -18,7 +19,35 @@ from ..timing import Timer
 Row = dict[str, Any]
 
 
+class Sizes(NamedTuple):
+    """What is to be timed; ``prefills`` are prompts and the tokens of each."""
+
+    batches: list[int]
+    prefills: list[tuple[int, int]]
+    context: int
+    steps: int
+
+    @property
+    def max_batch(self) -> int:
+        return max(*self.batches, *(sequences for sequences, _ in self.prefills), 1)
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.context + self.steps, *(tokens for _, tokens in self.prefills), 1)
+
+    def run(self, options: argparse.Namespace) -> RunConfig:
+        """The run that the command line names, made for these sizes."""
+        flags = {"engine.max_batch": self.max_batch, "engine.max_seq_len": self.max_tokens}
+        return read_run(options.run_name, options.overrides, flags)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sizes(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """RUN, ``--set`` and what `sizes_of` reads."""
     add_run(parser)
     parser.add_argument("--batch", metavar="1,8,32", default="1,8,32", help="sequences that decode together")
     parser.add_argument("--context", metavar="N", type=int, default=1024, help="tokens before the first decode step")
@@ -26,30 +55,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill", metavar="1x1024,8x1024", default="1x1024,8x1024", help="prompts x tokens; none times decode only"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a row")
+
+
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    batches = [_count(part, "--batch") for part in options.batch.split(",")]
+    prefills = [] if options.prefill == "none" else [_prompts(part) for part in options.prefill.split(",")]
+    return Sizes(batches, prefills, _count(options.context, "--context"), _count(options.steps, "--steps"))
 
 
 def run(options: argparse.Namespace) -> int:
-    batches = [_count(part, "--batch") for part in options.batch.split(",")]
-    prefills = [] if options.prefill == "none" else [_prompts(part) for part in options.prefill.split(",")]
-    context, steps = _count(options.context, "--context"), _count(options.steps, "--steps")
-    max_batch = max(*batches, *(sequences for sequences, _ in prefills), 1)
-    max_tokens = max(context + steps, *(tokens for _, tokens in prefills), 1)
-    flags = {"engine.max_batch": max_batch, "engine.max_seq_len": max_tokens}
-    with open_run(read_run(options.run_name, options.overrides, flags)) as session:
+    sizes = sizes_of(options)
+    with open_run(sizes.run(options)) as session:
         budget = session.run.engine.max_batch_tokens
         replicas = session.run.parallel.dp
-        timer = Timer(session.runner, session.spec.vocab_size, max_batch, max_tokens, budget, replicas)
+        timer = Timer(session.runner, session.spec.vocab_size, sizes.max_batch, sizes.max_tokens, budget, replicas)
         bandwidth = backends.load(session.run.backend).copy_bandwidth(session.run)
         note(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + write); random tokens, greedy, median step")
-        _show(_decode_rows(session, timer, bandwidth, batches, context, steps), options.json)
-        _show(_prefill_rows(session, timer, prefills), options.json)
+        _show(_decode_rows(session, timer, bandwidth, sizes), options.json)
+        _show(_prefill_rows(session, timer, sizes.prefills), options.json)
     return 0
 
 
-def _decode_rows(
-    session: Session, timer: Timer, bandwidth: float, batches: Sequence[int], context: int, steps: int
-) -> Iterator[Row]:
+def _decode_rows(session: Session, timer: Timer, bandwidth: float, sizes: Sizes) -> Iterator[Row]:
     """Bytes are those that a rank reads, of pipeline stages one of each, as the bandwidth is a device's.
 
     ``experts_hit`` counts the distinct routed experts of a layer that a step uses, on all ranks together. A rank's
@@ -57,8 +84,9 @@ def _decode_rows(
     """
     spec, runner = session.spec, session.runner
     grid, precision = Grid(**session.run.parallel.model_dump()), Precision(session.holding, runner.kv_dtype)
-    for batch in batches:
-        seconds = timer.decode(batch, context, steps)
+    context = sizes.context
+    for batch in sizes.batches:
+        seconds = timer.decode(batch, context, sizes.steps)
         hit = timer.experts_hit()
         read = sum(decode_bytes(spec, grid, precision, batch, context, hit))
         yield {

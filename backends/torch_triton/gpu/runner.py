@@ -37,10 +37,8 @@ from .model import Model, Stream
 from .recorded import Started, Tokens
 from .room import blocks_that_fit, check_weights_fit
 from .sampling import Draw, draw, draw_of
-from .source import DeviceTensors, DrawnTensors, StoredTensors
+from .source import SEED, DeviceTensors, DrawnTensors, StoredTensors
 from .symmetric import connect
-
-_SEED = 0  # of weights that are drawn here
 
 
 class GpuRunner:
@@ -96,7 +94,7 @@ class GpuRunner:
 
     def _source(self, weights: Weights) -> DeviceTensors:
         if self._run.model.weights == "random":
-            return DrawnTensors(self.spec, _SEED, self._device, self._mesh)
+            return DrawnTensors(self.spec, SEED, self._device, self._mesh)
         return StoredTensors(self.spec, weights, self._device, self._mesh)
 
     @property

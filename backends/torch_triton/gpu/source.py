@@ -20,6 +20,8 @@ from ..weights import TensorSource
 from .int4 import int4_weight, quantise_groups
 from .matrices import of_e4m3fn, quantise_blocks, quantise_channels, quantise_int8_blocks
 
+SEED = 0  # of the weights that runs draw
+
 
 class Window(NamedTuple):
     """Rows and columns of this rank's part of a matrix; None is all of them."""

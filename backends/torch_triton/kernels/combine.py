@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import pdl
+from . import pdl, tiles
 from .chips import check, chip_of, options
 from .sizes import cdiv
 
@@ -34,8 +34,7 @@ def _add_parts(
         pair = t * P + p
         mask_D = d_D < D
         if ids_ptr is not None:
-            expert = tl.load(ids_ptr + pair)
-            mask_D &= (expert >= 0) & (expert < E)
+            mask_D &= tiles.is_own(tl.load(ids_ptr + pair), E)
         row = t if place_ptr is None else tl.load(place_ptr + pair).to(tl.int64)
         part_D = tl.load(branch_ptr + row * stride_t + p * stride_p + d_D, mask=mask_D, other=0.0).to(tl.float32)
         sum_D += part_D if weights_ptr is None else part_D * tl.load(weights_ptr + pair)

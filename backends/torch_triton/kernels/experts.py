@@ -56,7 +56,7 @@ def _group(
     pdl.release(PDL)
     tl.store(count_ptr + expert_E, tl.zeros((EXPERTS,), tl.int32))
     id_P = tl.load(ids_ptr + pair_P, mask=pair_P < pairs, other=-1)
-    here_P = (id_P >= 0) & (id_P < E)
+    here_P = tiles.is_own(id_P, E)
     tl.debug_barrier()
     rank_P = tl.atomic_add(count_ptr + id_P, 1, mask=here_P)
     tl.debug_barrier()
@@ -98,7 +98,7 @@ def _rows(
     valid_N = n_N < tl.minimum(N, n + ROWS)
     own = _count_own(expert_ptr, E, P) if FOREIGN else P
     expert = tl.load(expert_ptr + tile).to(tl.int64)
-    if (expert < 0) | (expert >= E):
+    if not tiles.is_own(expert, E):
         if FOREIGN:
             _sum_of_none(own, tile, out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid_N, N, E, P)
         return
@@ -152,17 +152,11 @@ def _sum_of_none(own, tile, out_ptr, sum_ptr, beside_ptr, expert_ptr, n_N, valid
 
 
 @triton.jit
-def _is_own(expert, E):
-    """Whether it is in the stack."""
-    return (expert >= 0) & (expert < E)
-
-
-@triton.jit
 def _count_own(expert_ptr, E, P: tl.constexpr):
     """Of one token's choices."""
-    own = _is_own(tl.load(expert_ptr), E).to(tl.int32)
+    own = tiles.is_own(tl.load(expert_ptr), E).to(tl.int32)
     for p in tl.static_range(1, P):
-        own += _is_own(tl.load(expert_ptr + p), E).to(tl.int32)
+        own += tiles.is_own(tl.load(expert_ptr + p), E).to(tl.int32)
     return own
 
 
@@ -175,7 +169,7 @@ def _store_sum(
     for p in tl.static_range(P):
         mask_N = valid_N
         if FOREIGN:
-            mask_N &= _is_own(tl.load(expert_ptr + p), E)
+            mask_N &= tiles.is_own(tl.load(expert_ptr + p), E)
         sum_N += tl.load(out_ptr + p * N + n_N, mask=mask_N, other=0.0, cache_modifier=".cg")
     if beside_ptr is not None:
         sum_N += tl.load(beside_ptr + n_N, mask=valid_N, other=0.0).to(tl.float32)

@@ -135,6 +135,12 @@ def is_last(counter_ptr, programs):
 
 
 @triton.jit
+def is_own(expert, E):
+    """Whether it is in a stack of E experts: others are other ranks'."""
+    return (expert >= 0) & (expert < E)
+
+
+@triton.jit
 def is_past(t, rows_ptr):
     """Whether row t is after the last one to be worked on. Without a pointer none is."""
     last = t if rows_ptr is None else tl.load(rows_ptr) - 1
